@@ -1,0 +1,101 @@
+"""Ranks compile separately and must agree: a fingerprint of the plans, compared before the first run.
+
+Every rank publishes the distinct fingerprints of its compiled graphs, in order, in the group's
+store; the n-th of each must be equal. A graph compiled again for other shapes has the same
+fingerprint and needs no new agreement. A mismatch is an error on every rank, and a rank that never
+compiles is an error after a timeout: never a hang.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_fx.compat import group_store, resolve_group
+from moe_fx.errors import RanksDiffer
+from moe_fx.plan import ExchangePlan
+
+_published: dict[str, list[str]] = {}
+
+
+def describe(plans: Sequence[ExchangePlan], training: bool) -> str:
+    """What must be the same on every rank, as text."""
+    alike = [{k: v for k, v in asdict(plan).items() if k != "rank"} for plan in plans]
+    return json.dumps({"training": training, "regions": alike}, sort_keys=True)
+
+
+def agree_once(
+    compiled: Callable[..., Any], plans: Sequence[ExchangePlan], training: bool, timeout: float
+) -> Callable[..., Any]:
+    """``compiled``, which before its first run makes sure that all ranks have the same plans."""
+    groups = sorted({plan.group_name for plan in plans if plan.exchanges})
+    text = describe(plans, training)
+    pending = [name for name in groups if publish(name, text)]
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        while pending:
+            compare(resolve_group(pending.pop()), text, timeout)
+        return compiled(*args)
+
+    return run
+
+
+def publish(group_name: str, text: str) -> bool:
+    """Tell the group what this rank has compiled; False if it has told the same before."""
+    history = _published.setdefault(group_name, [])
+    if text in history:
+        return False
+    group = resolve_group(group_name)
+    group_store(group).set(_key(group, group.rank(), len(history)), text)
+    history.append(text)
+    return True
+
+
+def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
+    """Raise `RanksDiffer` unless every rank of the group has published ``text`` at this place."""
+    store = group_store(group)
+    place = _published[group.group_name].index(text)
+    keys = [_key(group, rank, place) for rank in range(group.size())]
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except dist.DistStoreError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RanksDiffer(
+            f"Rank {group.rank()} has compiled MoE graph {place + 1} and waited {timeout:g} s for "
+            f"rank(s) {missing} of the expert-parallel group to compile theirs. Every rank must "
+            "compile and run the same model; look for an error there, or raise agree_timeout."
+        ) from None
+    differing = {rank: theirs for rank, key in enumerate(keys) if (theirs := store.get(key).decode()) != text}
+    if differing:
+        rank, theirs = next(iter(differing.items()))
+        raise RanksDiffer(
+            f"Ranks compiled different MoE graphs, which would hang: rank {group.rank()} has "
+            f"{_difference(text, theirs)} where rank {rank} has {_difference(theirs, text)} "
+            f"(ranks that differ from rank {group.rank()}: {sorted(differing)}). Give every rank "
+            "the same model, options and mode (training or inference)."
+        )
+
+
+def _difference(text: str, other: str) -> str:
+    mine, theirs = json.loads(text), json.loads(other)
+    if mine["training"] != theirs["training"]:
+        return "a training graph" if mine["training"] else "an inference graph"
+    if len(mine["regions"]) != len(theirs["regions"]):
+        return f"{len(mine['regions'])} MoE layers"
+    for at, (a, b) in enumerate(zip(mine["regions"], theirs["regions"], strict=True)):
+        if a != b:
+            return f"in layer {at} " + ", ".join(f"{k}={v}" for k, v in a.items() if b[k] != v)
+    return "the same"
+
+
+def _key(group: dist.ProcessGroup, rank: int, place: int) -> str:
+    digest = hashlib.sha256(group.group_name.encode()).hexdigest()[:12]
+    return f"moe_fx/plans/{digest}/{rank}/{place}"

@@ -1,0 +1,96 @@
+"""``torch.compile(model, backend="moe_fx", options={...})``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import GraphModule
+
+from moe_fx import passes
+from moe_fx.agree import agree_once
+from moe_fx.capture import capture, may_select_experts
+from moe_fx.compat import base_compiler
+from moe_fx.errors import ConfigurationError, NothingMatched
+from moe_fx.options import Options, parse_options
+from moe_fx.report import Report
+
+log = logging.getLogger("moe_fx")
+
+
+def moe_fx_backend(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+) -> Callable[..., Any]:
+    """The backend. ``module`` is Dynamo's graph; returns what runs in its place.
+
+    Raises `ConfigurationError` for options that do not fit the model or group, and
+    `NothingMatched` under ``strict``.
+    """
+    parsed = parse_options(options)
+    check_group(parsed.ep_group, example_inputs)
+    report = Report()
+    rewritten = rewrite(module, example_inputs, parsed, report)
+    if parsed.on_report is not None:
+        parsed.on_report(report)
+    log.info("%s", report)
+    if parsed.strict:
+        _check_strict(report)
+    compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
+    if not any(plan.exchanges for plan in report.plans):
+        return compiled
+    training = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+    )
+    return agree_once(compiled, report.plans, training, parsed.agree_timeout)
+
+
+def rewrite(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+) -> GraphModule:
+    """The expert-parallel graph, or ``module`` itself, untouched, if no region was accepted."""
+    if not may_select_experts(module):
+        report.graphs += 1
+        return module
+    captured = capture(module, example_inputs)
+    context = passes.Context(options=options, report=report, group=options.ep_group)
+    result = passes.run(captured, context)
+    return module if result is captured else result
+
+
+def check_group(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]) -> None:
+    """The group's backend must serve the device the model is on."""
+    if group is None:
+        return
+    devices = {v.device.type for v in example_inputs if isinstance(v, Tensor)} - {"meta"}
+    served = _devices(group)
+    missing = sorted(devices - served) if served else []
+    if missing:
+        raise ConfigurationError(
+            f"The model's tensors are on {', '.join(missing)}, but the expert-parallel group "
+            f"exchanges tensors on {', '.join(sorted(served))} only. Move the model "
+            f"(model.to({sorted(served)[0]!r})) or create the group with a backend for its device, "
+            'such as dist.init_process_group("cpu:gloo,cuda:nccl").'
+        )
+
+
+@functools.lru_cache
+def _devices(group: dist.ProcessGroup) -> frozenset[str]:
+    return frozenset(device.type for device in group._device_types)
+
+
+def _check_strict(report: Report) -> None:
+    if report.declined or not report.regions:
+        found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
+        raise NothingMatched(
+            f"strict=True: {len(report.regions)} MoE layers were rewritten, but not all candidates: "
+            f"{found or 'the graph selects no experts with a top-k'}. Use moe_fx.explain(model, "
+            "*args) to see each candidate, or strict=False to run what did not match as it is."
+        )

@@ -1,0 +1,58 @@
+"""Capture: Dynamo's graph to functional ATen, before decomposition and before autograd is split off.
+
+One normal form for every base compiler, with the model's source lines on its nodes. Training works
+because dialect ops carry autograd formulas and the base compiler differentiates the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moe_fx.compat import export_functional
+
+_SELECTIONS = ("topk",)
+
+
+def may_select_experts(module: GraphModule) -> bool:
+    """Cheap test on Dynamo's graph: is there any selection an MoE layer could start from?"""
+    return any(
+        getattr(node.target, "__name__", str(node.target)) in _SELECTIONS
+        for graph in _graphs(module)
+        for node in graph.graph.nodes
+        if node.op in ("call_function", "call_method")
+    )
+
+
+def _graphs(module: GraphModule) -> list[GraphModule]:
+    return [m for m in module.modules() if isinstance(m, GraphModule)]
+
+
+def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """``module`` as a functional ATen graph with the same inputs and outputs.
+
+    Where the model mutates an input in place (a key-value cache), the mutation is written back at
+    the end of the graph.
+    """
+    graph_module, signature = export_functional(module, inputs)
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        _write_back(graph_module, mutated)
+    return graph_module
+
+
+def _write_back(module: GraphModule, mutated: list[str]) -> None:
+    """The exported graph returns new values of mutated inputs first: copy them, return the rest."""
+    placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    output: Node = next(iter(reversed(module.graph.nodes)))
+    results: Any = output.args[0]
+    with module.graph.inserting_before(output):
+        for name, new_value in zip(mutated, results, strict=False):
+            module.graph.call_function(
+                torch.ops.aten.copy_.default, (placeholders[name], new_value)
+            )
+    output.args = (tuple(results[len(mutated) :]),)
+    module.recompile()

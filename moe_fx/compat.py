@@ -1,0 +1,54 @@
+"""Every private torch import of the project, so that a torch release breaks one file.
+
+Checked on torch 2.11 (CUDA) and 2.13 (CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import SymInt
+from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch.aot_autograd import aot_export_module
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx import GraphModule
+from torch.library import get_ctx
+
+__all__ = [
+    "base_compiler",
+    "data_dependent_size",
+    "export_functional",
+    "group_store",
+    "resolve_group",
+    "statically_known_true",
+]
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group registered under ``name`` (``ProcessGroup.group_name``)."""
+    return _resolve_process_group(name)
+
+
+def data_dependent_size() -> SymInt | int:
+    """A fresh unbacked size, from within a fake kernel."""
+    return get_ctx().new_dynamic_size(min=0)
+
+
+def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
+    """(functional ATen graph before decomposition and autograd, its signature)."""
+    return aot_export_module(
+        module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+    )
+
+
+def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[..., Any]]:
+    """The torch.compile backend called ``name``."""
+    return lookup_backend(name)
+
+
+def group_store(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store the group's ranks share."""
+    return group.get_group_store()

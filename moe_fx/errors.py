@@ -1,0 +1,21 @@
+"""The errors moe_fx raises on purpose: each says what was expected and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigurationError", "MoeFxError", "NothingMatched", "RanksDiffer"]
+
+
+class MoeFxError(RuntimeError):
+    """Base of every error moe_fx raises on purpose."""
+
+
+class ConfigurationError(MoeFxError, ValueError):
+    """The model, the process group or an option cannot be used as given."""
+
+
+class NothingMatched(MoeFxError):
+    """``strict``: a candidate was not rewritten, or there was none."""
+
+
+class RanksDiffer(MoeFxError):
+    """The ranks of a group compiled different plans, which would hang."""

@@ -1,0 +1,44 @@
+"""``moe_fx.explain``: what the passes see in a model, without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from moe_fx import passes
+from moe_fx.capture import capture, may_select_experts
+from moe_fx.options import Options, parse_options
+from moe_fx.report import Report
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | Options | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Capture ``model(*args, **kwargs)`` and say which MoE layers the backend would rewrite.
+
+    Runs the model once as it is (nothing is compiled; no process group is needed) and returns a
+    `Report` with a `Region` per MoE layer and a `Declined` per other candidate, of all graphs that
+    the model's capture has. ``dynamic`` as in torch.compile.
+    """
+    parsed = parse_options(options)
+    report = Report()
+
+    def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if may_select_experts(module):
+            context = passes.Context(options=parsed, report=report, group=parsed.ep_group)
+            passes.run(capture(module, example_inputs), context, passes.ANALYSIS)
+        else:
+            report.graphs += 1
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
+    torch._dynamo.reset()
+    return report

@@ -1,0 +1,18 @@
+"""The dialect: ``torch.ops.moe_fx.*``. Importing this package registers the ops.
+
+| op | meaning |
+|---|---|
+| ``route`` | router logits to weights and expert ids (gating top-k) |
+| ``expert_counts`` | tokens per expert |
+| ``permute`` / ``unpermute`` | rows sorted by expert, stable / weighted sum back in token order |
+| ``exchange_counts`` / ``split_sizes`` | the one small exchange / its sizes on the host (the one sync) |
+| ``all_to_all`` / ``wait`` | start of the row exchange / its end |
+| ``regroup`` | received rows, by source rank, to rows by local expert |
+| ``grouped_mm`` | each expert's rows times that expert's weight |
+"""
+
+from __future__ import annotations
+
+from moe_fx.ops import exchange, experts, routing
+
+__all__ = ["exchange", "experts", "routing"]

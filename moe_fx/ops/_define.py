@@ -1,0 +1,44 @@
+"""How a dialect op is defined: one schema, one kernel for every device, a fake kernel, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library, impl, register_autograd, register_fake
+
+NAMESPACE = "moe_fx"
+_LIBRARY = Library(NAMESPACE, "DEF")
+_DEVICE_KEYS = ("CPU", "CUDA", "PrivateUse1")
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Register ``moe_fx::<schema>``.
+
+    ``kernel`` is written in ATen calls and so serves CPU, CUDA and out-of-tree devices alike;
+    an op with a device-specific implementation gets it from the lowering pass instead.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    qualname = f"{NAMESPACE}::{name}"
+    for key in _DEVICE_KEYS:
+        impl(qualname, key, kernel, lib=_LIBRARY)
+    register_fake(qualname, fake, lib=_LIBRARY)
+    if backward is not None:
+        register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def define_composite(schema: str, function: Callable[..., Any]) -> None:
+    """Register an op that is nothing but its ATen definition: autograd and fakes follow from it,
+    and a compiler that does not know the op decomposes it."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    impl(f"{NAMESPACE}::{name}", "CompositeImplicitAutograd", function, lib=_LIBRARY)

@@ -1,0 +1,167 @@
+"""The exchange: rows travel to the ranks that own their experts, and back.
+
+``all_to_all`` *starts* the exchange and returns a handle; ``wait`` ends it and returns the received
+rows. Two invariants hold by construction, under any compiler:
+
+1. *The sent buffer is not reused before the wait*: ``wait`` takes the sent rows as an argument, so
+   they are alive until it has run.
+2. *The received buffer is not read before the wait*: it is not in the graph before; ``wait`` is the
+   op that returns it, so no view, fusion or early read of it can exist.
+
+The second is why the op returns a handle and not the pending tensor itself, as torch's functional
+collectives do: Inductor protects a pending buffer only for ``_c10d_functional`` ops. Gradients flow
+through ``wait`` (from received rows to sent rows: the same exchange in reverse).
+
+Shapes: ``W`` ranks, ``L = E / W`` local experts, ``S`` rows sent, ``R`` rows received.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_fx.compat import data_dependent_size, resolve_group
+from moe_fx.ops._define import define
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An exchange under way; holding the buffers here keeps both from being freed."""
+
+    received: Tensor
+    sent: Tensor
+    work: Any
+
+
+_handles = itertools.count()
+_pending: dict[int, _Pending] = {}
+_bytes_sent: Counter[str] = Counter()
+
+
+def bytes_sent(group_name: str) -> int:
+    """Bytes of rows this process has sent to *other* ranks of the group so far."""
+    return _bytes_sent[group_name]
+
+
+def pending_exchanges() -> int:
+    """Exchanges started and not yet waited for (0 between steps, unless a step was cut short)."""
+    return len(_pending)
+
+
+def _exchange_counts(counts: Tensor, group: str) -> Tensor:
+    process_group = resolve_group(group)
+    world = process_group.size()
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=process_group)
+    return received.view(world, -1)
+
+
+def _exchange_counts_fake(counts: Tensor, group: str) -> Tensor:
+    return counts.new_empty(counts.shape).view(resolve_group(group).size(), -1)
+
+
+def _split_sizes(counts: Tensor, recv_counts: Tensor) -> Tensor:
+    world = recv_counts.shape[0]
+    return torch.stack([counts.view(world, -1).sum(1), recv_counts.sum(1)]).cpu()
+
+
+def _split_sizes_fake(counts: Tensor, recv_counts: Tensor) -> Tensor:
+    return torch.empty((2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
+
+
+def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+    process_group = resolve_group(group)
+    send, recv = send_counts.tolist(), recv_counts.tolist()
+    rows = rows.contiguous()
+    if sum(send) != rows.shape[0]:
+        raise RuntimeError(
+            f"moe_fx::all_to_all: the send counts {send} add up to {sum(send)} rows, "
+            f"but {rows.shape[0]} rows are given"
+        )
+    received = rows.new_empty((sum(recv), *rows.shape[1:]))
+    work = dist.all_to_all_single(received, rows, recv, send, group=process_group, async_op=True)
+    own = send[process_group.rank()]
+    _bytes_sent[group] += (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size()
+    handle = next(_handles)
+    _pending[handle] = _Pending(received, rows, work)
+    return torch.tensor([handle], dtype=torch.int64)
+
+
+def _all_to_all_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+    return torch.empty((1,), dtype=torch.int64, device="cpu")
+
+
+def _wait(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None = None,
+) -> Tensor:
+    pending = _pending.pop(int(handle), None)
+    if pending is None:
+        raise RuntimeError(
+            f"moe_fx::wait: exchange {int(handle)} was never started or has been waited for already"
+        )
+    pending.work.wait()
+    return pending.received
+
+
+def _wait_fake(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None = None,
+) -> Tensor:
+    size = data_dependent_size() if num_rows is None else num_rows
+    return sent.new_empty((size, *sent.shape[1:]))
+
+
+def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _handle, sent, send_counts, recv_counts, group, _num_rows = inputs
+    ctx.save_for_backward(send_counts, recv_counts)
+    ctx.group, ctx.num_sent = group, sent.shape[0]
+
+
+def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    send_counts, recv_counts = ctx.saved_tensors
+    grad = grad.contiguous()
+    handle = torch.ops.moe_fx.all_to_all(grad, recv_counts, send_counts, ctx.group)
+    returned = torch.ops.moe_fx.wait(
+        handle, grad, recv_counts, send_counts, ctx.group, ctx.num_sent
+    )
+    return None, returned, None, None, None, None
+
+
+define(
+    "exchange_counts(Tensor counts, str group) -> Tensor",
+    _exchange_counts,
+    _exchange_counts_fake,
+)
+define(
+    "split_sizes(Tensor counts, Tensor recv_counts) -> Tensor",
+    _split_sizes,
+    _split_sizes_fake,
+)
+define(
+    "all_to_all(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
+    _all_to_all,
+    _all_to_all_fake,
+)
+define(
+    "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
+    "SymInt? num_rows=None) -> Tensor",
+    _wait,
+    _wait_fake,
+    backward=_wait_backward,
+    setup_context=_wait_setup,
+)

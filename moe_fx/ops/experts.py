@@ -1,0 +1,133 @@
+"""Ops on the owner's side: group received rows by local expert, and multiply by expert weights.
+
+Shapes: ``W`` ranks, ``L`` local experts, ``R`` rows received, ``D`` / ``N`` features in / out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fx.ops._define import define
+
+_ALIGNMENT_BYTES = 16
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _regroup(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows arrive by source rank and, within one, by local expert; leave by local expert.
+
+    The permutation follows from the counts alone: segment (w, l) of length ``recv_counts[w, l]``
+    moves as a block, so nothing is sorted.
+    """
+    lengths = recv_counts.t().reshape(-1)
+    starts = _exclusive_cumsum(recv_counts.reshape(-1)).view_as(recv_counts).t().reshape(-1)
+    shift = starts - _exclusive_cumsum(lengths)
+    num_rows = rows.shape[0]
+    position = torch.arange(num_rows, device=rows.device)
+    order = position + torch.repeat_interleave(shift, lengths, output_size=num_rows)
+    row_map = torch.empty_like(order, dtype=torch.int32)
+    row_map[order] = position.to(torch.int32)
+    return rows.index_select(0, order), row_map
+
+
+def _exclusive_cumsum(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def _regroup_fake(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), rows.new_empty((rows.shape[0],), dtype=torch.int32)
+
+
+def _regroup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.rows_shape = inputs[0].shape
+    ctx.mark_non_differentiable(output[1])
+
+
+def _regroup_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, ...]:
+    (row_map,) = ctx.saved_tensors
+    return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.rows_shape), None
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if _aten_can_group(rows, weight):
+        return torch._grouped_mm(rows, weight, offsets)
+    out = rows.new_empty((rows.shape[0], weight.shape[2]))
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+        start = end
+    return out
+
+
+def _grouped_mm_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[2]))
+
+
+def _grouped_mm_grad_weight(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """``[R, D], [R, N] -> [L, D, N]``: for each expert, its rows transposed times their gradient."""
+    if _aten_can_group(rows, grad):
+        return torch._grouped_mm(rows.t(), grad, offsets)
+    out = rows.new_zeros((offsets.numel(), rows.shape[1], grad.shape[1]))
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        torch.mm(rows[start:end].t(), grad[start:end], out=out[expert])
+        start = end
+    return out
+
+
+def _grouped_mm_grad_weight_fake(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty((offsets.shape[0], rows.shape[1], grad.shape[1]))
+
+
+def _aten_can_group(*operands: Tensor) -> bool:
+    """``torch._grouped_mm`` takes three dtypes, one unit stride and 16-byte aligned other strides
+    (torch 2.13, CPU and CUDA). Where it refuses, experts are multiplied one by one."""
+    for operand in operands:
+        strides = sorted(operand.stride()[-2:])
+        if operand.dtype not in _GROUPED_DTYPES or strides[0] != 1:
+            return False
+        if any(s * operand.element_size() % _ALIGNMENT_BYTES for s in operand.stride() if s != 1):
+            return False
+    return True
+
+
+def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, weight, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    need_rows, need_weight, _ = ctx.needs_input_grad
+    grad_rows = grad_weight = None
+    if need_rows:
+        grad_rows = torch.ops.moe_fx.grouped_mm(grad, weight.transpose(-2, -1), offsets)
+    if need_weight:
+        grad_weight = torch.ops.moe_fx.grouped_mm_grad_weight(rows.contiguous(), grad, offsets)
+    return grad_rows, grad_weight, None
+
+
+define(
+    "regroup(Tensor rows, Tensor recv_counts) -> (Tensor rows, Tensor row_map)",
+    _regroup,
+    _regroup_fake,
+    backward=_regroup_backward,
+    setup_context=_regroup_setup,
+)
+define(
+    "grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor",
+    _grouped_mm,
+    _grouped_mm_fake,
+    backward=_grouped_mm_backward,
+    setup_context=_grouped_mm_setup,
+)
+define(
+    "grouped_mm_grad_weight(Tensor rows, Tensor grad, Tensor offsets) -> Tensor",
+    _grouped_mm_grad_weight,
+    _grouped_mm_grad_weight_fake,
+)

@@ -1,0 +1,244 @@
+"""Routing ops: from router logits to expert ids, and from tokens to rows sorted by expert and back.
+
+Shapes: ``T`` tokens, ``K`` experts per token, ``E`` experts, ``S = T * K`` rows, ``H`` hidden size.
+A *pair* ``i`` is slot ``i % K`` of token ``i // K``. Semantics of ``permute`` and ``unpermute`` are
+those of ``torch_npu.npu_moe_token_permute`` / ``npu_moe_token_unpermute`` (torch_npu 2.13), so that
+an Ascend lowering is one to one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fx.ops._define import define, define_composite
+
+_NEG_INF = float("-inf")
+
+
+def _route(
+    logits: Tensor,
+    k: int,
+    score: str = "softmax",
+    select_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2",
+    renormalise: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Gating top-k: ``logits [T, E]`` to ``(weights [T, K] float32, ids [T, K] int64)``.
+
+    ``score``: "softmax" or "sigmoid" over the experts, or "topk_softmax" (softmax over the selected
+    logits only). ``select_bias [E]`` moves the selection, never the weights (DeepSeek-V3). With
+    ``num_groups > 1`` only experts of the ``topk_group`` best groups can be selected; a group's
+    score is the sum of its two best ("top2", DeepSeek-V3) or its best ("max", DeepSeek-V2).
+    """
+    logits = logits.float()
+    if score == "softmax":
+        scores = logits.softmax(-1)
+    elif score == "sigmoid":
+        scores = logits.sigmoid()
+    elif score == "topk_softmax":
+        scores = logits
+    else:
+        raise ValueError(f"moe_fx::route: score must be softmax, sigmoid or topk_softmax: {score!r}")
+    choice = scores if select_bias is None else scores + select_bias
+    if num_groups > 1:
+        grouped = choice.unflatten(-1, (num_groups, -1))
+        if group_score == "top2":
+            best = grouped.topk(2, dim=-1).values.sum(-1)
+        else:
+            best = grouped.amax(-1)
+        chosen = best.topk(topk_group, dim=-1, sorted=False).indices
+        mask = torch.zeros_like(best).scatter(-1, chosen, 1.0).bool()
+        choice = grouped.masked_fill(~mask.unsqueeze(-1), _NEG_INF).flatten(-2)
+    ids = choice.topk(k, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if score == "topk_softmax":
+        weights = weights.softmax(-1)
+    if renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    return weights * scale, ids
+
+
+def _expert_counts(ids: Tensor, num_experts: int) -> Tensor:
+    flat = ids.reshape(-1).long()
+    counts = torch.bincount(flat, minlength=num_experts)
+    if counts.numel() != num_experts:
+        raise RuntimeError(
+            f"moe_fx::expert_counts: an expert id is {int(flat.max())}, but the layer has "
+            f"{num_experts} experts (ids 0 to {num_experts - 1})"
+        )
+    return counts
+
+
+def _expert_counts_fake(ids: Tensor, num_experts: int) -> Tensor:
+    return ids.new_empty((num_experts,), dtype=torch.int64)
+
+
+def _permute(tokens: Tensor, ids: Tensor, num_out_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    flat = ids.reshape(-1)
+    top_k = ids.shape[1] if ids.dim() == 2 else 1
+    order = torch.argsort(flat, stable=True)
+    row_map = torch.empty_like(order, dtype=torch.int32)
+    row_map[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    kept = order if num_out_tokens is None else order[:num_out_tokens]
+    return tokens.index_select(0, kept if top_k == 1 else kept // top_k), row_map
+
+
+def _permute_fake(
+    tokens: Tensor, ids: Tensor, num_out_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    num_rows = ids.numel() if num_out_tokens is None else num_out_tokens
+    rows = tokens.new_empty((num_rows, *tokens.shape[1:]))
+    return rows, ids.new_empty((ids.numel(),), dtype=torch.int32)
+
+
+def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.token_shape = inputs[0].shape
+    ctx.mark_non_differentiable(output[1])
+
+
+def _permute_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, ...]:
+    (row_map,) = ctx.saved_tensors
+    return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.token_shape), None, None
+
+
+def _unpermute(rows: Tensor, row_map: Tensor, weights: Tensor | None, shape: list[int]) -> Tensor:
+    num_tokens = shape[0]
+    if row_map.numel() == 0:
+        dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
+        return rows.new_zeros(shape, dtype=dtype)
+    top_k = row_map.numel() // num_tokens
+    truncated = rows.shape[0] < row_map.numel()
+    if truncated:  # a row past the end was dropped: it adds nothing
+        rows = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
+        row_map = row_map.clamp(max=rows.shape[0] - 1)
+    if top_k == 1 and weights is None:
+        return rows.index_select(0, row_map).view(shape)
+    if rows.dim() == 2 and rows.dtype == torch.float32 and _one_dtype(rows, weights):
+        bags = row_map.view(num_tokens, top_k)
+        summed = torch.nn.functional.embedding_bag(
+            bags, rows, per_sample_weights=weights, mode="sum"
+        )
+        return summed.view(shape)
+    picked = rows.index_select(0, row_map).view(num_tokens, top_k, *rows.shape[1:])
+    if weights is not None:
+        picked = picked * weights.view(num_tokens, top_k, *[1] * (rows.dim() - 1))
+    return picked.sum(1).view(shape)
+
+
+def _one_dtype(rows: Tensor, weights: Tensor | None) -> bool:
+    return weights is None or weights.dtype == rows.dtype
+
+
+def _unpermute_fake(
+    rows: Tensor, row_map: Tensor, weights: Tensor | None, shape: list[int]
+) -> Tensor:
+    dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
+    return rows.new_empty(shape, dtype=dtype)
+
+
+def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, row_map, weights, shape = inputs
+    ctx.save_for_backward(row_map, *(() if weights is None else (rows, weights)))
+    ctx.rows_shape, ctx.rows_dtype, ctx.num_tokens = rows.shape, rows.dtype, shape[0]
+
+
+def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    row_map, *weighted = ctx.saved_tensors
+    rows, weights = weighted if weighted else (None, None)
+    grad_rows, grad_weights = torch.ops.moe_fx.unpermute_grad(
+        grad, row_map, rows, weights, ctx.rows_shape, ctx.rows_dtype
+    )
+    return grad_rows, None, (None if weights is None else grad_weights), None
+
+
+def _unpermute_grad(
+    grad: Tensor,
+    row_map: Tensor,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    rows_shape: list[int],
+    rows_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    num_rows, *tail = rows_shape
+    grad_rows = grad.new_zeros(rows_shape, dtype=rows_dtype)
+    if row_map.numel() == 0:
+        return grad_rows, torch.zeros_like(grad if weights is None else weights)
+    num_tokens = row_map.numel() if weights is None else weights.shape[0]
+    if weights is None and tail:
+        num_tokens = grad.numel() // _product(tail)
+    top_k = row_map.numel() // num_tokens
+    per_pair = grad.reshape(num_tokens, 1, *tail).expand(num_tokens, top_k, *tail)
+    kept = row_map < num_rows
+    target = row_map.long()
+    dropped = num_rows < row_map.numel()
+    contribution = per_pair
+    if weights is not None:
+        contribution = per_pair * weights.view(num_tokens, top_k, *[1] * len(tail))
+    contribution = contribution.reshape(-1, *tail).to(rows_dtype)
+    if dropped:
+        contribution, target = contribution[kept], target[kept]
+    grad_rows.index_copy_(0, target, contribution)
+    if weights is None or rows is None:
+        return grad_rows, torch.zeros_like(row_map)
+    picked = rows.index_select(0, row_map.clamp(max=num_rows - 1)).view(num_tokens, top_k, *tail)
+    products = (per_pair * picked).flatten(2).sum(-1) if tail else per_pair * picked
+    if dropped:
+        products = products * kept.view(num_tokens, top_k)
+    return grad_rows, products.to(weights.dtype).view(weights.shape)
+
+
+def _product(sizes: list[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _unpermute_grad_fake(
+    grad: Tensor,
+    row_map: Tensor,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    rows_shape: list[int],
+    rows_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    grad_weights = torch.empty_like(row_map if weights is None else weights)
+    return grad.new_empty(rows_shape, dtype=rows_dtype), grad_weights
+
+
+define_composite(
+    "route(Tensor logits, int k, str score='softmax', Tensor? select_bias=None, int num_groups=1, "
+    "int topk_group=1, str group_score='top2', bool renormalise=False, float eps=0.0, "
+    "float scale=1.0) -> (Tensor weights, Tensor ids)",
+    _route,
+)
+define("expert_counts(Tensor ids, int num_experts) -> Tensor", _expert_counts, _expert_counts_fake)
+define(
+    "permute(Tensor tokens, Tensor ids, SymInt? num_out_tokens=None) -> "
+    "(Tensor rows, Tensor row_map)",
+    _permute,
+    _permute_fake,
+    backward=_permute_backward,
+    setup_context=_permute_setup,
+)
+define(
+    "unpermute_grad(Tensor grad, Tensor row_map, Tensor? rows, Tensor? weights, "
+    "SymInt[] rows_shape, ScalarType rows_dtype) -> (Tensor grad_rows, Tensor grad_weights)",
+    _unpermute_grad,
+    _unpermute_grad_fake,
+)
+define(
+    "unpermute(Tensor rows, Tensor row_map, Tensor? weights, SymInt[] shape) -> Tensor",
+    _unpermute,
+    _unpermute_fake,
+    backward=_unpermute_backward,
+    setup_context=_unpermute_setup,
+)

@@ -1,0 +1,61 @@
+"""The options of ``torch.compile(model, backend="moe_fx", options={...})``, typed and validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from moe_fx.errors import ConfigurationError
+
+Verification = Literal["off", "compile", "always"]
+
+
+class Options(BaseModel):
+    """What the backend and `moe_fx.explain` accept.
+
+    ep_group: the expert-parallel group of a *replicated* program. A *gathered* program
+        (`moe_fx.shard_experts`) brings its own. Without either, MoE layers stay on one device.
+    base: the compiler that gets the rewritten graph: "inductor", "aot_eager", "eager", or any
+        other registered torch.compile backend.
+    verify: compare each region with its replacement by value: "off"; "compile": when a graph is
+        compiled, equal layers once; "always": every layer.
+    strict: a candidate that was not rewritten, or none at all, is an error.
+    agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
+    on_report: called with the `moe_fx.Report` of each compiled graph.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
+    ep_group: Any = Field(default=None, repr=False)
+    base: str = "inductor"
+    verify: Verification = "compile"
+    strict: bool = False
+    agree_timeout: float = Field(default=300.0, gt=0)
+    on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
+
+    @field_validator("ep_group")
+    @classmethod
+    def _is_group(cls, group: Any) -> Any:
+        if group is None or isinstance(group, dist.ProcessGroup):
+            return group
+        raise ValueError("expected a torch.distributed.ProcessGroup, such as dist.group.WORLD")
+
+
+def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
+    """Validated `Options`; raises `ConfigurationError` naming each option that is wrong."""
+    if isinstance(options, Options):
+        return options
+    try:
+        return Options(**(options or {}))
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
+            for e in error.errors()
+        )
+        known = ", ".join(Options.model_fields)
+        raise ConfigurationError(
+            f"moe_fx options are not valid: {wrong}. The options are: {known}; see moe_fx.Options."
+        ) from None

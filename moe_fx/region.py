@@ -1,0 +1,122 @@
+"""What recognition finds, as data: a `Region` for a match, a `Declined` for a refusal."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def source_of(node: Node) -> str:
+    """``file:line`` in the user's model that produced ``node`` ("" if the graph does not say)."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "/torch/" not in frame[0]]
+    if not own:
+        return ""
+    file, line = own[-1]
+    return f"{file}:{line}"
+
+
+@dataclass(frozen=True)
+class Router:
+    """How tokens are scored and experts selected.
+
+    score: "softmax", "sigmoid" or "custom" (the scores could not be reproduced; the router is kept
+        as captured either way).
+    select_bias: a per-expert bias moves the selection but not the weights (DeepSeek-V3).
+    num_groups, topk_group: experts are selected from the ``topk_group`` best of ``num_groups``.
+    renormalise: the K weights of a token add up to one (before ``scale``).
+    scale: factor on the weights (``routed_scaling_factor``).
+    softmax_after_topk: the softmax runs over the K selected logits (GPT-OSS, Granite).
+    verified: the fields reproduced the captured weights and ids on random logits.
+    """
+
+    score: str = "custom"
+    select_bias: bool = False
+    num_groups: int = 1
+    topk_group: int = 1
+    renormalise: bool = False
+    scale: float = 1.0
+    softmax_after_topk: bool = False
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class Gather:
+    """An all-gather of expert shards in the graph: ``full [E, ...] = all_gather(shard [E/W, ...])``."""
+
+    shard: Node
+    group_name: str
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The nodes of a region, for the passes that rewrite it.
+
+    Inputs: tokens ``[T, H]``, ids ``[T, K]`` and weights ``[T, K]`` (None: the rows are summed
+    unweighted, or weighted after they were grouped by token). Output: combined ``[T, ...]``.
+    nodes: everything between, in graph order, with its role in ``roles``. Of these, ``dispatched``
+    hold the token rows of the pairs, ``body`` is what happens to rows up to and with ``cut``, the
+    experts' result, and ``post`` what happens from there on, where routing weights take part.
+    tables: the per-expert tensors ``[E, ...]``; gathers: those of them that are all-gathered.
+    """
+
+    select: Node
+    tokens: Node
+    ids: Node
+    weights: Node | None
+    nodes: tuple[Node, ...]
+    dispatched: tuple[Node, ...]
+    body: tuple[Node, ...]
+    cut: Node
+    post: tuple[Node, ...]
+    combined: Node
+    tables: tuple[Node, ...]
+    gathers: tuple[Gather, ...]
+    roles: dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One MoE layer found in a graph.
+
+    form: the dispatch spelling ("grouped_mm": rows sorted by expert; "batched_mm": each row meets
+        its own copy of the weights). program: "replicated", "gathered" or "local" (docs/design.md).
+    activation: best name of what happens between the expert matmuls, or "custom".
+    source: ``file:line`` of the router's selection in the user's model.
+    input, output: names of the graph nodes that hold the tokens and the combined result.
+    verified: the replacement agreed with the original by value (False if verification was off).
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    router: Router
+    form: str
+    program: str
+    activation: str
+    has_shared_expert: bool
+    source: str
+    input: str
+    output: str
+    verified: bool
+    parts: Parts = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A selection that was not rewritten, and the first condition that failed.
+
+    node: name of the graph node at which the condition failed; source: its ``file:line``;
+    nearest_form: the form whose conditions went furthest before one failed.
+    """
+
+    reason: str
+    node: str
+    source: str
+    nearest_form: str = ""

@@ -1,0 +1,123 @@
+"""Run one graph per rank in a single process, in lock step, exchanging at the collectives.
+
+Every rank's graph runs until it meets a collective; then all of them must stand at the same one
+(`RanksDisagree` otherwise, which on real ranks would be a hang), the exchange is done by slicing,
+and they go on. Used to verify a rewrite by value for any number of ranks without a process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from moe_fx.errors import MoeFxError
+
+_OPS = torch.ops.moe_fx
+_FUNCTIONAL = torch.ops._c10d_functional
+
+_Request = tuple[str, tuple[Any, ...]]
+_Override = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class RanksDisagree(MoeFxError):
+    """Ranks stand at different collectives."""
+
+
+def run(
+    modules: Sequence[GraphModule],
+    inputs: Sequence[Sequence[Any]],
+    overrides: dict[Any, _Override] | None = None,
+    resize: Sequence[Callable[[Node, tuple[Any, ...]], tuple[Any, ...]]] | None = None,
+) -> list[Any]:
+    """``modules[r](*inputs[r])`` for every rank ``r``; returns the outputs by rank.
+
+    overrides: op -> function to call in its place. resize: per rank, a function that maps a node's
+    positional arguments before the call (how a graph with fixed sizes runs at others).
+    """
+    keep = [lambda node, args: args] * len(modules)
+    ranks = [
+        _steps(module, values, overrides or {}, change)
+        for module, values, change in zip(modules, inputs, resize or keep, strict=True)
+    ]
+    replies: list[Any] = [None] * len(ranks)
+    while True:
+        requests, results = [], []
+        for rank, reply in zip(ranks, replies, strict=True):
+            try:
+                requests.append(rank.send(reply))
+            except StopIteration as stop:
+                results.append(stop.value)
+        if len(results) == len(ranks):
+            return results
+        names = [request[0] for request in requests] + ["the end"] * len(results)
+        if len(set(names)) != 1:
+            raise RanksDisagree(f"ranks stand at different collectives: {names}")
+        replies = _EXCHANGES[names[0]]([request[1] for request in requests])
+
+
+def _steps(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    overrides: dict[Any, _Override],
+    resize: Callable[[Node, tuple[Any, ...]], tuple[Any, ...]],
+) -> Generator[_Request, Any, Any]:
+    values: dict[Node, Any] = {}
+    supply = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(supply)
+            continue
+        args = map_arg(node.args, values.__getitem__)
+        kwargs = map_arg(node.kwargs, values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        if node.op != "call_function":
+            raise MoeFxError(f"cannot simulate {node.op} node {node.name}")
+        args = resize(node, args)
+        if node.target in _COLLECTIVES:
+            values[node] = yield _COLLECTIVES[node.target], args
+        elif node.target in (_OPS.wait.default, _FUNCTIONAL.wait_tensor.default):
+            values[node] = args[0]
+        elif node.target in overrides:
+            values[node] = overrides[node.target](node, args, kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)
+    raise MoeFxError("the graph has no output")
+
+
+def _gather(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    full = torch.cat([args[0] for args in requests])
+    return [full] * len(requests)
+
+
+def _exchange_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    world = len(requests)
+    blocks = torch.stack([args[0].view(world, -1) for args in requests])
+    return [blocks[:, rank] for rank in range(world)]
+
+
+def _exchange_rows(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    world = len(requests)
+    pieces = [rows.split(send.tolist()) for rows, send, *_ in requests]
+    received = [torch.cat([pieces[source][rank] for source in range(world)]) for rank in range(world)]
+    for rank, (_, _, recv, *_rest) in enumerate(requests):
+        if [len(pieces[source][rank]) for source in range(world)] != recv.tolist():
+            raise RanksDisagree(f"rank {rank} expects {recv.tolist()} rows, others send otherwise")
+    return received
+
+
+_COLLECTIVES = {
+    _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
+    _OPS.exchange_counts.default: "exchange_counts",
+    _OPS.all_to_all.default: "all_to_all",
+}
+_EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
+    "all_gather": _gather,
+    "exchange_counts": _exchange_counts,
+    "all_to_all": _exchange_rows,
+}

@@ -1,0 +1,36 @@
+"""The way through the house: every pass of moe_fx, in order.
+
+``torch.compile`` hands a graph to `moe_fx.backend`, which traces it to functional ATen
+(`moe_fx.capture`), runs this pipeline and gives the result to the base compiler.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.normalise import Normalise
+from moe_fx.passes.overlap import Overlap
+from moe_fx.passes.planner import Plan
+from moe_fx.passes.recognise import Recognise
+from moe_fx.passes.rewrite import Rewrite
+from moe_fx.passes.verify import Verify
+
+ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify())
+TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
+PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
+
+__all__ = ["ANALYSIS", "PIPELINE", "TRANSFORMATION", "Context", "Pass", "PassResult", "run"]
+
+
+def run(
+    module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELINE
+) -> GraphModule:
+    """The rewritten graph, or ``module`` itself if no region was accepted."""
+    current = module
+    for step in passes:
+        current = step(current, context).module
+    context.report.regions += context.regions
+    context.report.plans += context.plans
+    context.report.graphs += 1
+    return current if context.regions else module

@@ -1,0 +1,56 @@
+"""What every pass is: ``(GraphModule, Context) -> PassResult``, timed and recorded, never printing."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import final
+
+import torch.distributed as dist
+from torch.fx import GraphModule
+
+from moe_fx.options import Options
+from moe_fx.plan import ExchangePlan
+from moe_fx.region import Region
+from moe_fx.report import Report
+
+
+@dataclass
+class Context:
+    """What passes share while they work on one graph.
+
+    group: the expert-parallel group from the options; a *gathered* program brings its own.
+    regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
+    """
+
+    options: Options
+    report: Report
+    group: dist.ProcessGroup | None = None
+    training: bool = False
+    regions: list[Region] = field(default_factory=list)
+    plans: list[ExchangePlan] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    module: GraphModule
+    changed: bool
+
+
+class Pass(ABC):
+    """Subclasses write `_apply`; `__call__` is final so that no pass can forget its bookkeeping."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @final
+    def __call__(self, module: GraphModule, context: Context) -> PassResult:
+        start = time.perf_counter()
+        result = self._apply(module, context)
+        context.report.record_pass(self.name, time.perf_counter() - start)
+        return result
+
+    @abstractmethod
+    def _apply(self, module: GraphModule, context: Context) -> PassResult: ...

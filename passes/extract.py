@@ -1,0 +1,105 @@
+"""A region or router as a graph of its own, to be run at other sizes than those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.roles import is_unary_rowwise
+from moe_fx.region import Gather, Parts, Region
+
+
+@dataclass(frozen=True)
+class Extract:
+    """module: the copied nodes; inputs: the original node behind each placeholder, in order;
+    copies: original node -> its copy (or its placeholder)."""
+
+    module: GraphModule
+    inputs: tuple[Node, ...]
+    copies: dict[Node, Node]
+
+
+def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
+    """Copy ``nodes`` (in graph order); whatever they read from outside becomes a placeholder."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    inside = set(nodes)
+    outside: dict[Node, None] = {}
+    for node in [*nodes, *outputs]:
+        sources = node.all_input_nodes if node in inside else [node]
+        outside.update(dict.fromkeys(s for s in sources if s not in inside))
+    for node in outside:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    module = GraphModule(torch.nn.Module(), graph)
+    return Extract(module, tuple(outside), copies)
+
+
+def table_chain(table: Node) -> list[Node]:
+    """The nodes between a per-expert table and where its experts come from (a parameter or a
+    shard), that node excluded, in graph order."""
+    chain: list[Node] = []
+    node = table
+    while True:
+        if gather_of(node) is not None:
+            start = node.args[0]
+            assert isinstance(start, Node)
+            return [start, node, *chain]
+        if node.op != "call_function" or not is_unary_rowwise(node):
+            return chain
+        chain.insert(0, node)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+
+
+def extract_region(region: Region) -> tuple[Extract, Region]:
+    """The region alone, from tokens, ids, weights and tables (or shards) to the combined result,
+    and the same `Region` speaking of the copied nodes."""
+    parts = region.parts
+    chains = list(dict.fromkeys(n for table in parts.tables for n in table_chain(table)))
+    alone = extract([*chains, *parts.nodes], [parts.combined])
+    return alone, replace(region, parts=translate(parts, alone.copies))
+
+
+def translate(parts: Parts, copies: dict[Node, Node]) -> Parts:
+    def many(nodes: Iterable[Node]) -> tuple[Node, ...]:
+        return tuple(copies[node] for node in nodes)
+
+    return replace(
+        parts,
+        select=copies.get(parts.select, parts.select),
+        tokens=copies[parts.tokens],
+        ids=copies[parts.ids],
+        weights=None if parts.weights is None else copies[parts.weights],
+        nodes=many(parts.nodes),
+        dispatched=many(parts.dispatched),
+        body=many(parts.body),
+        cut=copies[parts.cut],
+        post=many(parts.post),
+        combined=copies[parts.combined],
+        tables=many(parts.tables),
+        gathers=tuple(
+            Gather(copies[g.shard], g.group_name, g.world_size) for g in parts.gathers
+        ),
+        roles=_translated_roles(parts.roles, copies),
+    )
+
+
+def _translated_roles(roles: dict[Node, Any], copies: dict[Node, Node]) -> dict[Node, Any]:
+    translated = {}
+    for node, role in roles.items():
+        if node in copies:
+            source = getattr(role, "source", None)
+            if source is not None:
+                role = replace(role, source=copies.get(source, source))
+            translated[copies[node]] = role
+    return translated

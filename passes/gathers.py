@@ -1,0 +1,38 @@
+"""All-gathers of expert weights in a graph: ``full [E, ...] = all_gather(shard [E/W, ...])``.
+
+That is what `moe_fx.shard_experts`, FSDP-style parametrisation and DTensor put there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from moe_fx.passes.roles import is_unary_rowwise
+from moe_fx.region import Gather
+
+_FUNCTIONAL = torch.ops._c10d_functional
+
+
+def gather_of(node: Node) -> Gather | None:
+    """The gather whose waited-for result ``node`` is."""
+    if node.target is not _FUNCTIONAL.wait_tensor.default:
+        return None
+    start = node.args[0]
+    if not isinstance(start, Node) or start.target is not _FUNCTIONAL.all_gather_into_tensor.default:
+        return None
+    shard, world_size, group_name = start.args
+    assert isinstance(shard, Node) and isinstance(world_size, int) and isinstance(group_name, str)
+    return Gather(shard, group_name, world_size)
+
+
+def gather_above(table: Node) -> Gather | None:
+    """The gather a per-expert table comes from, through ops that keep experts apart."""
+    node = table
+    while True:
+        found = gather_of(node)
+        if found is not None or not is_unary_rowwise(node):
+            return found
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source

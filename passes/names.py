@@ -1,0 +1,68 @@
+"""What a person would call the parts of a region: activation, shared expert. For the report only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
+from moe_fx.region import Parts
+
+aten = torch.ops.aten
+
+_MATMULS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default)
+_SEARCH_LIMIT = 200
+
+
+def activation_name(body: Iterable[Node]) -> str:
+    """"silu", "gelu", "relu", "relu2", "clamped_swiglu" or "custom"."""
+    ops = {node.target for node in body}
+    if aten.silu.default in ops:
+        return "clamped_swiglu" if aten.clamp.default in ops else "silu"
+    if aten.clamp.default in ops and aten.sigmoid.default in ops:
+        return "clamped_swiglu"
+    if aten.relu.default in ops:
+        squared = aten.square.default in ops or aten.pow.Tensor_Scalar in ops
+        return "relu2" if squared else "relu"
+    return "gelu" if aten.gelu.default in ops else "custom"
+
+
+def has_shared_expert(parts: Parts) -> bool:
+    """Whether the combined rows are added to another matmul result of the same tokens."""
+    node = parts.combined
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is aten.add.Tensor:
+            others = [n for n in user.all_input_nodes if n is not node]
+            return len(others) == 1 and _is_matmul_of(others[0], _view_root(parts.tokens))
+        if user.target not in (*VIEWS, *ELEMENTWISE_COPIES, aten.mul.Tensor):
+            return False
+        node = user
+    return False
+
+
+def _view_root(node: Node) -> Node:
+    while node.target in VIEWS:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return node
+
+
+def _is_matmul_of(node: Node, tokens: Node) -> bool:
+    """Every path up from ``node`` ends in ``tokens`` or a parameter, and one has a matmul on it."""
+    found_matmul, seen, stack = False, {node}, [node]
+    while stack:
+        current = stack.pop()
+        if _view_root(current) is tokens:
+            continue
+        if len(seen) > _SEARCH_LIMIT or (current.op == "placeholder" and len(shape(current)) > 2):
+            return False
+        found_matmul |= current.target in _MATMULS
+        for source in tensor_inputs(current):
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return found_matmul and (tokens in seen or any(_view_root(n) is tokens for n in seen))

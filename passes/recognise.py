@@ -1,0 +1,266 @@
+"""Recognise: from each selection, walk the dataflow until it has rejoined a value of the tokens.
+
+Contract. In: a normalised graph. Out: the same graph, ``context.regions`` and the report's declined
+candidates. A region is returned only if every node on the way has a proven role (`rules.py`).
+
+Pseudo-code::
+
+    for each top-k node:
+        give roles to its users, in graph order, as long as a rule applies
+        exactly one Combined -> collect the nodes it needs; check tokens, ids, cut, escapes -> Region
+        otherwise            -> Declined with the refusal that got furthest
+    top-k nodes inside a region's router (group selection) are part of that region
+
+Rejects: selections whose indices never dispatch rows; rows that mix; two results; expert rows read
+from outside; weights that enter before an expert matmul; tokens from two places.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.gathers import gather_above
+from moe_fx.passes.names import activation_name, has_shared_expert
+from moe_fx.passes.roles import (
+    Combined,
+    Grouped,
+    PairIds,
+    PairWeights,
+    PerToken,
+    Refusal,
+    Role,
+    Rows,
+    RowTable,
+    Selection,
+    argument,
+    is_grouped_matmul,
+    shape,
+    value,
+)
+from moe_fx.passes.router import recognise_router
+from moe_fx.passes.rules import Roles
+from moe_fx.region import Declined, Parts, Region, source_of
+
+aten = torch.ops.aten
+
+
+class Recognise(Pass):
+    def _apply(self, module: GraphModule, context: Context) -> PassResult:
+        position = {node: at for at, node in enumerate(module.graph.nodes)}
+        refusals: list[tuple[Node, Refusal]] = []
+        for node in module.graph.find_nodes(op="call_function", target=aten.topk.default):
+            try:
+                context.regions.append(recognise(node, position, context))
+            except Refusal as refusal:
+                refusals.append((node, refusal))
+        inside = _routers(context.regions)
+        for node, refusal in refusals:
+            if node not in inside:
+                context.report.declined.append(declined(node, refusal))
+        for name, submodule in module.named_children():
+            if isinstance(submodule, GraphModule) and any(
+                "topk" in str(n.target) for n in submodule.graph.nodes
+            ):
+                context.report.declined.append(
+                    Declined("the selection is inside a higher-order op", name, "")
+                )
+        return PassResult(module, changed=False)
+
+
+def declined(node: Node, refusal: Refusal) -> Declined:
+    forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm")
+    return Declined(
+        reason=refusal.reason,
+        node=refusal.node.name,
+        source=source_of(refusal.node) or source_of(node),
+        nearest_form=forms[refusal.progress],
+    )
+
+
+def recognise(node: Node, position: dict[Node, int], context: Context) -> Region:
+    selection = _selection(node)
+    roles, combined, refusals = _walk(selection, position)
+    if not combined:
+        raise _furthest(refusals, node)
+    if len(combined) > 1:
+        raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
+    parts = _parts(selection, roles, combined[0], position)
+    program = "gathered" if parts.gathers else "replicated" if context.group else "local"
+    return Region(
+        num_experts=selection.num_experts,
+        top_k=selection.top_k,
+        hidden_size=int(shape(parts.tokens)[-1]),
+        router=recognise_router(selection, parts),
+        form="grouped_mm" if any(map(is_grouped_matmul, parts.body)) else "batched_mm",
+        program=program,
+        activation=activation_name(parts.body),
+        has_shared_expert=has_shared_expert(parts),
+        source=source_of(node),
+        input=parts.tokens.name,
+        output=parts.combined.name,
+        verified=False,
+        parts=parts,
+    )
+
+
+def _selection(node: Node) -> Selection:
+    scores, k = node.args[0], node.args[1]
+    dims = shape(scores)
+    if len(dims) != 2:
+        raise Refusal(f"the selection is over {list(dims)}, expected [tokens, experts]", node)
+    if argument(node, 2, "dim", -1) not in (-1, 1):
+        raise Refusal("the selection picks tokens (dim 0), not experts", node)
+    if not argument(node, 3, "largest", True):
+        raise Refusal("the selection takes the lowest scores", node)
+    if not isinstance(k, int) or not isinstance(dims[1], int):
+        raise Refusal("the number of experts or of selected experts is not a constant", node)
+    return Selection(node, dims[0], dims[1], k)
+
+
+def _walk(
+    selection: Selection, position: dict[Node, int]
+) -> tuple[Roles, list[Node], list[Refusal]]:
+    roles = Roles(selection)
+    combined: list[Node] = []
+    refusals: list[Refusal] = []
+    queue = [(position[user], user) for user in selection.node.users]
+    heapq.heapify(queue)
+    seen = set(selection.node.users)
+    while queue:
+        _, node = heapq.heappop(queue)
+        try:
+            role = roles.infer(node)
+        except Refusal as refusal:
+            refusals.append(refusal)
+            continue
+        roles.of[node] = role
+        if isinstance(role, Combined):
+            combined.append(node)
+            continue
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(queue, (position[user], user))
+    return roles, combined, refusals
+
+
+def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
+    if not refusals:
+        return Refusal("nothing reads the selected indices", node)
+    best = max(refusals, key=lambda refusal: refusal.progress)
+    if best.progress == 0:
+        return Refusal(
+            f"the selected indices never bring tokens to experts ({best.reason})", best.node
+        )
+    return best
+
+
+def _parts(
+    selection: Selection, roles: Roles, combined: Node, position: dict[Node, int]
+) -> Parts:
+    nodes = sorted(_ancestors(combined, roles.of), key=position.__getitem__)
+    of = roles.of
+    body = [n for n in nodes if _stage(of[n]) in ("token", "expert")]
+    post = [n for n in nodes if _stage(of[n]) == "post"]
+    cut = _the_only(
+        [n for n in body if any(u in post for u in n.users)],
+        "result of the experts that is weighted",
+        combined,
+    )
+    if not isinstance(of[cut], Rows) or _stage(of[cut]) != "expert":
+        raise Refusal("the weighted rows are not the experts' result", cut, 5)
+    ids = _the_only(
+        {of[n].source for n in nodes if isinstance(of[n], PairIds)},  # type: ignore[attr-defined]
+        "matrix of expert ids that dispatches rows",
+        combined,
+    )
+    dispatched = [n for n in nodes if n in roles.dispatched]
+    tokens = _the_only({roles.dispatched[n] for n in dispatched}, "dispatched token tensor", combined)
+    weights = _weights(nodes, of)
+    needed = set(nodes)
+    tables = [t for t in roles.tables if any(u in needed for u in t.users)]
+    _check_escapes(body, needed, of)
+    gathers = [found for found in map(gather_above, tables) if found is not None]
+    return Parts(
+        select=selection.node,
+        tokens=tokens,
+        ids=ids,
+        weights=_the_only(weights, "matrix of routing weights", combined) if weights else None,
+        nodes=tuple(nodes),
+        body=tuple(body),
+        cut=cut,
+        post=tuple(post),
+        combined=combined,
+        dispatched=tuple(dispatched),
+        tables=tuple(tables),
+        gathers=tuple(gathers),
+        roles=dict(of),
+    )
+
+
+def _weights(nodes: Iterable[Node], of: dict[Node, Role]) -> set[Node]:
+    """The router's floating ``[T, K]`` values, flattened to pairs or met by rows grouped by token."""
+    flattened = {of[n].source for n in nodes if isinstance(of[n], PairWeights)}  # type: ignore[attr-defined]
+    met = {
+        source
+        for n in nodes
+        if isinstance(of[n], Grouped)
+        for source in n.all_input_nodes
+        if isinstance(of.get(source), PerToken)
+    }
+    return flattened | met
+
+
+def _stage(role: Role) -> str:
+    if isinstance(role, RowTable):
+        return "expert"
+    if isinstance(role, (Grouped, PairWeights, Combined)):
+        return "post"
+    return role.stage if isinstance(role, Rows) else ""
+
+
+def _ancestors(node: Node, of: dict[Node, Role]) -> set[Node]:
+    """The nodes of the region that ``node`` needs; the router's (PerToken) are its inputs."""
+    found, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            role = of.get(source)
+            if role is not None and not isinstance(role, PerToken) and source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def _the_only(nodes: Collection[Node], what: str, combined: Node) -> Node:
+    if len(nodes) != 1:
+        names = ", ".join(sorted(n.name for n in nodes)) or "none"
+        raise Refusal(f"expected one {what}, found {names}", combined, 5)
+    return next(iter(nodes))
+
+
+def _check_escapes(body: Iterable[Node], needed: set[Node], of: dict[Node, Role]) -> None:
+    for node in body:
+        for user in node.users:
+            if user not in needed and _stage(of[node]) == "expert":
+                raise Refusal(f"the experts' rows are also read by {user.name}", user, 5)
+
+
+def _routers(regions: Iterable[Region]) -> set[Node]:
+    """Every node that a region's ids or weights are computed from, back to the tokens."""
+    found: set[Node] = set()
+    for region in regions:
+        parts = region.parts
+        stack = [n for n in (parts.select, parts.ids, parts.weights) if n is not None]
+        while stack:
+            node = stack.pop()
+            if node in found or node is parts.tokens or value(node) is None:
+                continue
+            found.add(node)
+            if node.target not in (aten.linear.default, aten.mm.default, aten.addmm.default):
+                stack.extend(node.all_input_nodes)
+    return found

@@ -1,0 +1,97 @@
+"""Give an extracted graph concrete inputs, at other token counts than it was captured with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.roles import VIEWS, same, value
+
+aten = torch.ops.aten
+
+_SIZE_LIST_AT = {op: 1 for op in (*VIEWS, aten.expand.default)} | {
+    aten.new_zeros.default: 1,
+    aten.new_empty.default: 1,
+    aten.new_full.default: 1,
+    aten.new_ones.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.empty.memory_format: 0,
+    aten.full.default: 0,
+}
+_ARANGE = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_DENSE_LIMIT = 1 << 20
+_STEP = 257
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """``captured`` tokens (a constant or symbol of the graph) are to be ``wanted`` ones, and
+    ``captured * top_k`` rows ``wanted * top_k``."""
+
+    captured: Any
+    top_k: int
+    wanted: int
+
+    def size(self, dim: Any) -> int:
+        """The size to use where the graph says ``dim`` along a leading dim."""
+        if same(dim, self.captured):
+            return self.wanted
+        if same(dim, self.captured * self.top_k):
+            return self.wanted * self.top_k
+        return concrete(dim)
+
+    def resize(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Constants of a graph captured with a fixed token count: leading sizes and ranges."""
+        if not isinstance(self.captured, int):
+            return args
+        at = _SIZE_LIST_AT.get(node.target)
+        if at is not None and args[at] and isinstance(args[at][0], int) and args[at][0] > 0:
+            sizes = [self.size(args[at][0]), *args[at][1:]]
+            return (*args[:at], sizes, *args[at + 1 :])
+        if node.target in _ARANGE and all(isinstance(a, int) for a in args):
+            end = 0 if node.target is aten.arange.default else 1
+            return (*args[:end], self.size(args[end]), *args[end + 1 :])
+        return args
+
+
+def concrete(size: Any) -> int:
+    """A number for a size: itself, or the value a symbol had when the graph was captured."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)
+
+
+def example(node: Node, tokens: TokenCount, generator: torch.Generator) -> Any:
+    """A random value for what ``node`` stands for; floats ~ N(0, 1), ids all zero."""
+    val = value(node)
+    if isinstance(val, torch.SymInt):
+        return tokens.size(val)
+    if isinstance(val, torch.SymFloat):
+        hint = val.node.hint
+        return 1.5 if hint is None else float(hint)
+    if not isinstance(val, Tensor):
+        return val
+    sizes = [concrete(s) for s in val.shape]
+    if sizes:
+        sizes[0] = tokens.size(val.shape[0])
+    return random_tensor(sizes, val.dtype, generator)
+
+
+def random_tensor(sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Large tensors are overlapping windows of a small random one: no memory, distinct entries."""
+    if not dtype.is_floating_point:
+        return torch.zeros(sizes, dtype=dtype)
+    if math.prod(sizes) <= _DENSE_LIMIT:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.insert(0, strides[0] * (_STEP if strides[0] == 1 else 13) + size % 7)
+    extent = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+    base = torch.randn(extent, generator=generator).to(dtype)
+    return base.as_strided(sizes, strides)
+
+
