@@ -6,12 +6,11 @@ Checked on torch 2.13 (CPU).
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
+import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import Tensor
 from torch._C import _dispatch_has_kernel_for_dispatch_key
-from torch.distributed.distributed_c10d import get_backend_config
 
-__all__ = ["all_gather_rows", "group_backends"]
+__all__ = ["all_gather_rows"]
 
 # Up to torch 2.10 the functional all-gather has no gradient; its twin in another namespace has.
 _GATHER_HAS_AUTOGRAD = _dispatch_has_kernel_for_dispatch_key(
@@ -26,15 +25,7 @@ def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:
     ``all_gather_into_tensor`` and ``wait_tensor``.
     """
     namespace = (
-        torch.ops._c10d_functional
-        if _GATHER_HAS_AUTOGRAD
-        else torch.ops._c10d_functional_autograd
+        torch.ops._c10d_functional if _GATHER_HAS_AUTOGRAD else torch.ops._c10d_functional_autograd
     )
     pending = namespace.all_gather_into_tensor(shard, group_size, group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)
-
-
-def group_backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """Device type to backend name, e.g. ``{"cpu": "gloo", "cuda": "nccl"}``."""
-    pairs = (pair.split(":") for pair in get_backend_config(group).split(","))
-    return {device: backend for device, backend in pairs}

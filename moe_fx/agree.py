@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -32,12 +32,16 @@ def describe(plans: Sequence[ExchangePlan], training: bool) -> str:
 
 
 def agree_once(
-    compiled: Callable[..., Any], plans: Sequence[ExchangePlan], training: bool, timeout: float
+    compiled: Callable[..., Any],
+    groups: Collection[str],
+    plans: Sequence[ExchangePlan],
+    training: bool,
+    timeout: float,
 ) -> Callable[..., Any]:
-    """``compiled``, which before its first run makes sure that all ranks have the same plans."""
-    groups = sorted({plan.group_name for plan in plans if plan.exchanges})
+    """``compiled``, which before its first run makes sure that all ranks of ``groups`` have the
+    same plans (none at all is a plan too)."""
     text = describe(plans, training)
-    pending = [name for name in groups if publish(name, text)]
+    pending = [name for name in sorted(groups) if publish(name, text)]
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:

@@ -44,12 +44,15 @@ def moe_fx_backend(
     if parsed.strict:
         _check_strict(report)
     compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
-    if not any(plan.exchanges for plan in report.plans):
+    groups = {plan.group_name for plan in report.plans if plan.exchanges}
+    if parsed.ep_group is not None and (report.regions or report.declined):
+        groups.add(parsed.ep_group.group_name)
+    if not groups:
         return compiled
     training = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
-    return agree_once(compiled, report.plans, training, parsed.agree_timeout)
+    return agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
 
 
 def rewrite(

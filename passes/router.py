@@ -20,7 +20,7 @@ from torch.fx import Node
 from moe_fx import simulate
 from moe_fx.passes.extract import extract
 from moe_fx.passes.roles import Selection, argument, shape, tensor_inputs, value
-from moe_fx.passes.sizes import TokenCount, example
+from moe_fx.passes.sizes import choose_token_count, example
 from moe_fx.region import Parts, Router
 
 aten = torch.ops.aten
@@ -39,12 +39,16 @@ def recognise_router(selection: Selection, parts: Parts) -> Router:
     if nodes is None:
         return Router()
     logits, inner = nodes
-    select_bias = _selection_bias(selection, inner)
+    select_bias = _selection_bias(selection, inner, logits)
     groups, chosen, group_score = _groups(selection, inner)
     alone = extract(inner, [parts.weights, parts.ids])
-    tokens = TokenCount(selection.num_tokens, selection.top_k, _NUM_TOKENS)
+    tokens = choose_token_count(
+        selection.num_tokens, selection.top_k, selection.num_experts, _NUM_TOKENS
+    )
     generator = torch.Generator().manual_seed(0)
-    values = {node: example(node, tokens, generator) for node in alone.inputs}
+    values = {
+        node: example(node, tokens, generator, per_token=node is logits) for node in alone.inputs
+    }
     if select_bias is not None:
         values[select_bias] = values[select_bias] * 0.1
     try:
@@ -53,7 +57,7 @@ def recognise_router(selection: Selection, parts: Parts) -> Router:
         )
     except (RuntimeError, ValueError, TypeError, IndexError):
         return Router()
-    weights = weights.view(_NUM_TOKENS, selection.top_k)
+    weights = weights.view(tokens.wanted, selection.top_k)
     bias = None if select_bias is None else values[select_bias].reshape(-1)
     scores = [score for score in _scores(selection, inner)]
     for score in scores:
@@ -89,9 +93,9 @@ def _between(selection: Selection, parts: Parts) -> tuple[Node, list[Node]] | No
     return logits.pop(), sorted(inner, key=order.__getitem__)
 
 
-def _selection_bias(selection: Selection, inner: list[Node]) -> Node | None:
+def _selection_bias(selection: Selection, inner: list[Node], logits: Node) -> Node | None:
     """The one ``[E]`` tensor from outside that is added on the way to the selection."""
-    inside = set(inner)
+    inside = {logits, *inner}
     leaves = {
         source
         for node in inner

@@ -60,13 +60,24 @@ class TokenCount:
         return args
 
 
+def choose_token_count(captured: Any, top_k: int, num_experts: int, wanted: int) -> TokenCount:
+    """``wanted`` tokens, unless a constant token count can't be told from another constant."""
+    ambiguous = isinstance(captured, int) and (
+        captured in (1, num_experts) or captured * top_k == num_experts
+    )
+    return TokenCount(captured, top_k, captured if ambiguous else wanted)
+
+
 def concrete(size: Any) -> int:
     """A number for a size: itself, or the value a symbol had when the graph was captured."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
-def example(node: Node, tokens: TokenCount, generator: torch.Generator) -> Any:
-    """A random value for what ``node`` stands for; floats ~ N(0, 1), ids all zero."""
+def example(
+    node: Node, tokens: TokenCount, generator: torch.Generator, *, per_token: bool = False
+) -> Any:
+    """A random value for what ``node`` stands for; floats ~ N(0, 1), ids all zero. ``per_token``:
+    its first dim counts tokens or rows."""
     val = value(node)
     if isinstance(val, torch.SymInt):
         return tokens.size(val)
@@ -76,7 +87,7 @@ def example(node: Node, tokens: TokenCount, generator: torch.Generator) -> Any:
     if not isinstance(val, Tensor):
         return val
     sizes = [concrete(s) for s in val.shape]
-    if sizes:
+    if per_token:
         sizes[0] = tokens.size(val.shape[0])
     return random_tensor(sizes, val.dtype, generator)
 

@@ -29,8 +29,8 @@ from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.extract import Extract, extract_region, translate
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.rewrite import rewrite_region
-from moe_fx.passes.roles import is_grouped_matmul, same, shape, value
-from moe_fx.passes.sizes import TokenCount, concrete, example, random_tensor
+from moe_fx.passes.roles import PerToken, is_grouped_matmul, shape, value
+from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region, source_of
 
@@ -115,7 +115,9 @@ def _trials(
     }
     for what, routing in routings.items():
         counts = [
-            TokenCount(shape(region.parts.tokens)[0], region.top_k, max(1, base - rank % 3))
+            choose_token_count(
+                shape(region.parts.tokens)[0], region.top_k, experts, max(1, base - rank % 3)
+            )
             for rank in range(plan.world_size)
         ]
         yield (
@@ -151,7 +153,10 @@ def _rank_inputs(
         elif node in tables:
             inputs.append(tables[node])
         else:
-            inputs.append(example(node, count, generator))
+            per_token = node in (parts.tokens, parts.weights) or isinstance(
+                parts.roles.get(node), PerToken
+            )
+            inputs.append(example(node, count, generator, per_token=per_token))
     return inputs
 
 
@@ -161,15 +166,14 @@ def _tables(
     """What every rank has in common: all that does not vary with the tokens, whole."""
     parts = region.parts
     shards = {gather.shard for gather in parts.gathers}
-    count = TokenCount(shape(parts.tokens)[0], region.top_k, 1)
     tables: dict[Node, Tensor] = {}
     for original in alone.inputs:
         node = alone.copies[original]
         dims = shape(node)
-        if not dims or node in (parts.tokens, parts.ids, parts.weights):
+        token_data = (parts.tokens, parts.ids, parts.weights)
+        if not dims or node in token_data or isinstance(parts.roles.get(node), PerToken):
             continue
-        per_token = same(dims[0], count.captured) or same(dims[0], count.captured * count.top_k)
-        if node in shards or (value(node).dtype.is_floating_point and not per_token):
+        if node in shards or value(node).dtype.is_floating_point:
             sizes = [concrete(size) for size in dims]
             if node in shards:
                 sizes[0] *= plan.world_size

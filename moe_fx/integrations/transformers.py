@@ -1,0 +1,171 @@
+"""transformers: load only this rank's experts with transformers' own loader.
+
+The loader reads a checkpoint tensor straight into a parameter's layout, stacking experts that are
+stored one by one, and for a parameter that is a DTensor reads only the local shard. So during
+`sharded_loading` the expert parameters are DTensors, cut along the experts, from just before the
+weights are read until just after transformers has finished them (missing keys, ties); then they
+become what `shard_experts` makes of them.
+
+Checked on transformers 5.23; 5.17 has the same loader.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from moe_fx.errors import ConfigurationError
+from moe_fx.shard import (
+    Slot,
+    check_device,
+    expert_parameters,
+    install,
+    open_safetensors,
+    require_group,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["sharded_loading"]
+
+
+@contextmanager
+def sharded_loading(
+    group: dist.ProcessGroup | None = None, *, params: Iterable[str] | None = None
+) -> Iterator[None]:
+    """Within it, ``from_pretrained`` gives a model sharded as by `shard_experts`.
+
+    Of the experts, a rank reads and holds only its own (of safetensors checkpoints; a ``.bin`` file
+    can only be read whole). ``group`` and ``params`` as for `shard_experts`, whose errors
+    ``from_pretrained`` then raises; also `ConfigurationError` for a model that is quantised on
+    load. Changes `transformers.PreTrainedModel` for the time being: not for concurrent threads.
+    """
+    from transformers import PreTrainedModel
+
+    group = require_group(group)
+    patterns = None if params is None else tuple(params)
+    load = PreTrainedModel._load_pretrained_model
+    finish = PreTrainedModel._finalize_model_loading
+    placed: list[Slot] = []
+
+    def load_shards(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(load).bind(model, *args, **kwargs).arguments
+        placed[:] = expert_parameters(model, group, patterns)
+        _place(placed, group, arguments["load_config"])
+        return load(model, *args, **kwargs)
+
+    def finish_shards(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = finish(model, *args, **kwargs)
+        _take(placed, group)
+        placed.clear()
+        return result
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load_shards)  # type: ignore[method-assign]
+    PreTrainedModel._finalize_model_loading = staticmethod(finish_shards)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
+        PreTrainedModel._finalize_model_loading = staticmethod(finish)  # type: ignore[method-assign]
+
+
+def _place(targets: list[Slot], group: dist.ProcessGroup, load_config: Any) -> None:
+    """Make each target, whole and on meta, a DTensor cut along the experts."""
+    if load_config.hf_quantizer is not None:
+        raise ConfigurationError(
+            "sharded_loading does not load quantised models: the experts' packed layout is the "
+            "quantiser's own. Load the model whole, or load it without quantization_config."
+        )
+    sharded: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for target in targets:
+        whole = target.tensor
+        if id(whole) not in sharded:
+            device = _device(load_config.device_map, target.full_name)
+            check_device(device, target.full_name, group)
+            local = torch.empty(
+                (whole.shape[0] // group.size(), *whole.shape[1:]), dtype=whole.dtype, device="meta"
+            )
+            table = DTensor.from_local(
+                local,
+                DeviceMesh.from_group(group, device.type),
+                [Shard(0)],
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+            sharded[id(whole)] = nn.Parameter(table, requires_grad=whole.requires_grad)
+        target.module._parameters[target.name] = sharded[id(whole)]
+
+
+def _take(targets: list[Slot], group: dist.ProcessGroup) -> None:
+    """Make each DTensor's local shard the parameter, and its gather what is read."""
+    shards: dict[int, nn.Parameter] = {}
+    for target in targets:
+        table = target.tensor
+        assert isinstance(table, DTensor)
+        if id(table) not in shards:
+            shard = nn.Parameter(table.to_local().detach(), requires_grad=table.requires_grad)
+            shard._is_hf_initialized = True  # type: ignore[attr-defined]
+            shards[id(table)] = shard
+        target.module._parameters[target.name] = shards[id(table)]
+    for target in targets:
+        install(target.module, target.name, group)
+
+
+def _device(device_map: Any, name: str) -> torch.device:
+    """Where ``device_map``, transformers' final one, puts the parameter ``name``."""
+    while device_map is not None:
+        if name in device_map:
+            if device_map[name] == "disk":
+                raise ConfigurationError(
+                    f"device_map puts {name} on disk, and a sharded expert parameter must be in "
+                    "memory. Use a device_map without disk offload, or more ranks."
+                )
+            device = device_map[name]
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if not name:
+            break
+        name = name.rpartition(".")[0]
+    return torch.device("cpu")
+
+
+def load_like(
+    model: Any,
+    group: dist.ProcessGroup,
+    names: Iterable[str],
+    checkpoint: str | os.PathLike[str],
+) -> PreTrainedModel:
+    """A model like ``model``, a transformers one, loaded from ``checkpoint``; ``names`` sharded.
+
+    Raises `ConfigurationError` if the checkpoint lacks weights of the model.
+    """
+    path = Path(checkpoint)
+    device = model.device
+    options: dict[str, Any] = {"config": model.config, "dtype": model.dtype}
+    if device.type not in ("cpu", "meta"):
+        options["device_map"] = {"": device}
+    with sharded_loading(group, params=names), ExitStack() as stack:
+        if path.is_file():
+            files = open_safetensors(path, stack)
+            options["state_dict"] = {key: file.get_slice(key) for key, file in files.items()}
+        loaded, info = type(model).from_pretrained(
+            None if path.is_file() else path, output_loading_info=True, **options
+        )
+    if info["missing_keys"]:
+        raise ConfigurationError(
+            f"The checkpoint {path} lacks weights of {type(model).__name__}: "
+            f"{', '.join(sorted(info['missing_keys'])[:8])}. Give a checkpoint of this very model; "
+            "transformers would fill the missing ones with random numbers."
+        )
+    return loaded
