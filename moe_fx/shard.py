@@ -16,10 +16,11 @@ checkpointing or a compiled model does not.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -72,8 +73,7 @@ def shard_experts(
     for param in {id(target.tensor): target.tensor for target in targets}.values():
         param.grad = None
         param.data = param.data[block(param.shape[0], group)].clone()
-    for target in targets:
-        install(target.module, target.name, group)
+    install(targets, group)
     _assign(model, weights)
     return model
 
@@ -117,43 +117,108 @@ class Unshard(nn.Module):
         return f"group_size={self.group_size}, group_name={self.group_name!r}"
 
 
-def install(module: nn.Module, name: str, group: dist.ProcessGroup) -> None:
-    """Make ``module.<name>``, whose parameter holds this rank's rows, read as all ranks' rows."""
-    if not _sharded(module):
-        module.register_forward_pre_hook(_gather)
-        module.register_forward_hook(_drop, always_call=True)
-    parametrize.register_parametrization(module, name, Unshard(group), unsafe=True)
+def install(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
+    """Make each target, a parameter that holds this rank's rows, read as all ranks' rows.
+
+    Modules of one class go on sharing one, as Dynamo compiles equal layers once only if they do;
+    so a parametrisation of such a module cannot be removed, or one added, for this module alone.
+    """
+    modules = {id(target.module): target.module for target in targets}.values()
+    for module in modules:
+        _unshare_class(module)
+    for target in targets:
+        parametrize.register_parametrization(
+            target.module, target.name, Unshard(group), unsafe=True
+        )
+    for module in modules:
+        _share_class(module)
 
 
-def _gather(module: nn.Module, args: Any) -> None:
-    for chain in _sharded(module):
-        unshard: Any = chain[0]
+_CLASSES: dict[tuple[type, frozenset[str]], type] = {}  # by class before, parametrised names
+
+
+def _unshare_class(module: nn.Module) -> None:
+    """Let ``register_parametrization``, which writes to a class, meet no other module's."""
+    cls = type(module)
+    if cls in _CLASSES.values():
+        members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, members)
+
+
+def _share_class(module: nn.Module) -> None:
+    """Replace the class that ``register_parametrization`` made for ``module`` by a common one."""
+    base = parametrize.type_before_parametrizations(module)
+    parametrizations: Any = module.parametrizations
+    names = frozenset(parametrizations)
+    if (base, names) not in _CLASSES:
+        own: Any = type(module)
+        own.forward = _forward_of(base)
+        for name in names:
+            # The property made for this module keeps its identity, for parametrize.cached().
+            setattr(own, name, property(_reader(name)))
+        _CLASSES[base, names] = own
+    module.__class__ = _CLASSES[base, names]
+
+
+def _reader(name: str) -> Callable[[Any], Tensor]:
+    return lambda module: module.parametrizations[name]()
+
+
+def _forward_of(base: Any) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        gathered = _gather(self)
+        try:
+            output = base.forward(self, *args, **kwargs)
+        finally:
+            _drop(self)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return output
+        return _reach(output, [whole for whole in gathered if whole.requires_grad])
+
+    return forward
+
+
+def _gather(module: nn.Module) -> list[Tensor]:
+    gathered = []
+    for unshard, shard in _sharded(module):
+        unshard.gathered = all_gather_rows(shard, unshard.group_size, unshard.group_name)
+        gathered.append(unshard.gathered)
+    return gathered
+
+
+def _drop(module: nn.Module) -> None:
+    for unshard, _ in _sharded(module):
         unshard.gathered = None
-        unshard.gathered = chain()
 
 
-def _drop(module: nn.Module, args: Any, output: Any) -> Any:
-    gathered: list[Tensor] = []
-    for chain in _sharded(module):
-        unshard: Any = chain[0]
-        if unshard.gathered is not None and unshard.gathered.requires_grad:
-            gathered.append(unshard.gathered)
-        unshard.gathered = None
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not gathered:
-        return None
-    return pytree.tree_map_only(Tensor, lambda out: _depend(out, gathered), output)
+def _sharded(module: nn.Module) -> list[tuple[Unshard, Tensor]]:
+    """The gathers of ``module``'s own parameters, with the shards they gather."""
+    parametrizations: Any = module.parametrizations
+    return [
+        (chain[0], chain.original)
+        for chain in parametrizations.values()
+        if isinstance(chain[0], Unshard)
+    ]
 
 
-def _depend(output: Tensor, gathered: Sequence[Tensor]) -> Any:
-    return _DependsOn.apply(output, *gathered) if output.is_floating_point() else output
+def _reach(output: Any, gathered: Sequence[Tensor]) -> Any:
+    """``output``, with a backward that reaches every gather.
+
+    A rank whose tokens hit no expert has an output that depends on no weight, and its backward
+    would skip the reduce-scatter that the other ranks wait in. Costs a copy of the output.
+    """
+    if not gathered:
+        return output
+    return pytree.tree_map_only(
+        Tensor,
+        lambda out: _DependsOn.apply(out, *gathered) if out.is_floating_point() else out,
+        output,
+    )
 
 
 class _DependsOn(torch.autograd.Function):
-    """``output``, with a backward that reaches every gather.
-
-    A rank whose tokens hit no expert has an output that depends on no weight; without this, its
-    backward would skip the reduce-scatter that the other ranks wait in. Costs a copy of the output.
-    """
+    """The first argument, with the others in its backward, without gradients of its own."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *gathered: Tensor) -> Tensor:
@@ -163,14 +228,6 @@ class _DependsOn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*grads, *[None] * ctx.num_gathered)
-
-
-def _sharded(module: nn.Module) -> list[nn.ModuleList]:
-    """The parametrisations of ``module``'s parameters that are gathers: ``[Unshard]`` each."""
-    if not parametrize.is_parametrized(module):
-        return []
-    parametrizations: Any = module.parametrizations
-    return [chain for chain in parametrizations.values() if isinstance(chain[0], Unshard)]
 
 
 # ---- Which parameters

@@ -2,7 +2,7 @@
 
 ::
 
-    def reduced(rank: int, value: float) -> torch.Tensor:  # module level, so that ranks can import it
+    def reduced(rank: int, value: float) -> torch.Tensor:  # at module level: ranks import it
         mine = torch.tensor(value + rank)
         dist.all_reduce(mine)
         return mine
@@ -10,8 +10,8 @@
     with RankPool(2) as pool:
         first, second = pool.run(reduced, 1.0)
 
-A failing or hanging rank never hangs the caller: `RankError` says which ranks failed, how, and where
-the ranks that had not answered stood.
+A failing or hanging rank never hangs the caller: `RankError` says which ranks failed, how, and
+where the ranks that had not answered stood.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _START_TIMEOUT = 180.0
 """Seconds for every rank to import torch and join the process group."""
 _GRACE = 2.0
 """Seconds the other ranks have to answer once one has failed."""
+_CLOSE_TIMEOUT = 5.0
+"""Seconds for idle ranks to leave on their own."""
 _ORPHAN_AFTER = 30.0
 """Seconds past its timeout after which a rank that nobody has killed ends itself."""
 
@@ -103,22 +105,14 @@ class RankPool:
             for rank in self._ranks:
                 rank.send(request)
             answers = self._collect(timeout)
-        except BaseException:  # the ranks may be anywhere, even after Ctrl-C
-            self.close()
+        except BaseException:  # the ranks may be anywhere, after Ctrl-C too
+            self._end(patience=0.0)
             raise
         return [_unpack(answer) for answer in answers]
 
     def close(self) -> None:
         """End the ranks. A later `run` starts new ones."""
-        for rank in self._ranks:
-            rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join()
-            rank.connection.close()
-        self._ranks = []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._end(patience=_CLOSE_TIMEOUT)
 
     def __enter__(self) -> RankPool:
         return self
@@ -130,6 +124,20 @@ class RankPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _end(self, patience: float) -> None:
+        """A rank leaves once its connection closes, or is killed ``patience`` seconds later."""
+        deadline = time.monotonic() + patience
+        for rank in self._ranks:
+            rank.connection.close()
+        for rank in self._ranks:
+            rank.process.join(max(0.0, deadline - time.monotonic()))
+            rank.process.kill()
+            rank.process.join()
+        self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -242,9 +250,10 @@ def _serve(
             try:
                 request = connection.recv_bytes()
             except EOFError:
-                return
-            connection.send(_attempt(lambda: _perform(index, request, stacks)))
+                break
+            connection.send(_attempt(_perform, index, request, stacks))
             gc.collect()
+        dist.destroy_process_group()
 
 
 def _perform(index: int, request: bytes, stacks: IO[str]) -> Any:
@@ -258,9 +267,10 @@ def _perform(index: int, request: bytes, stacks: IO[str]) -> Any:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _attempt(call: Callable[[], Any]) -> tuple[bytes, str]:
+def _attempt(call: Callable[..., Any], *args: Any) -> tuple[bytes, str]:
+    """(packed result, "") or (b"", traceback)."""
     try:
-        return _pack(call()), ""
+        return _pack(call(*args)), ""
     except Exception:
         return b"", traceback.format_exc()
 

@@ -119,8 +119,7 @@ def _take(targets: list[Slot], group: dist.ProcessGroup) -> None:
             shard._is_hf_initialized = True  # type: ignore[attr-defined]
             shards[id(table)] = shard
         target.module._parameters[target.name] = shards[id(table)]
-    for target in targets:
-        install(target.module, target.name, group)
+    install(targets, group)
 
 
 def _device(device_map: Any, name: str) -> torch.device:

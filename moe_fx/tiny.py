@@ -1,0 +1,80 @@
+"""Small transformers models made from their config classes: for the demo, the CLI and tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_fx.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_HIDDEN, _EXPERT_WIDTH, _EXPERTS, _TOP_K = 128, 64, 16, 4
+
+# transformers' names for the same few sizes differ from family to family.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model"), _HIDDEN),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "shared_expert_intermediate_size"), _HIDDEN),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), _EXPERT_WIDTH),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS
+    ),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
+        _TOP_K,
+    ),
+    "vocab_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
+    """The config of a family (``qwen3_moe``, ``deepseek_v3``, …) with small sizes.
+
+    Raises `ConfigurationError` for a family transformers does not know.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise ConfigurationError(
+            "This needs transformers, which is not installed: pip install 'moe-fx[hf]'."
+        ) from None
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ConfigurationError(
+            f"transformers has no model type {model_type!r}. Examples with MoE layers: qwen3_moe, "
+            "deepseek_v3, mixtral, gpt_oss, olmoe, glm4_moe."
+        ) from None
+    known = default.to_dict()
+    sizes = {name: size for name, size in _SIZES.items() if known.get(name) is not None}
+    if "qk_rope_head_dim" in sizes:  # latent attention: the rotary part is the head
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    return AutoConfig.for_model(model_type, **(sizes | overrides))
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A causal language model of that family in evaluation mode, with seeded weights."""
+    config = tiny_config(model_type, **overrides)
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # larger than the initialisation, so that experts matter
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
