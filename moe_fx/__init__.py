@@ -11,6 +11,7 @@ from moe_fx.explain import explain
 from moe_fx.options import Options
 from moe_fx.region import Declined, Region, Router
 from moe_fx.report import Report
+from moe_fx.shard import expert_parameter_bytes, shard_experts
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "Region",
     "Report",
     "Router",
+    "expert_parameter_bytes",
     "explain",
     "ops",
+    "shard_experts",
 ]

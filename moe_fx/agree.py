@@ -77,7 +77,9 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
             f"rank(s) {missing} of the expert-parallel group to compile theirs. Every rank must "
             "compile and run the same model; look for an error there, or raise agree_timeout."
         ) from None
-    differing = {rank: theirs for rank, key in enumerate(keys) if (theirs := store.get(key).decode()) != text}
+    differing = {
+        rank: theirs for rank, key in enumerate(keys) if (theirs := store.get(key).decode()) != text
+    }
     if differing:
         rank, theirs = next(iter(differing.items()))
         raise RanksDiffer(

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moe_fx.compat import export_functional
+from moe_fx.opaque import hide, restore
 
 _SELECTIONS = ("topk",)
 
@@ -37,7 +38,9 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     Where the model mutates an input in place (a key-value cache), the mutation is written back at
     the end of the graph.
     """
+    module, hidden = hide(module)
     graph_module, signature = export_functional(module, inputs)
+    restore(graph_module, hidden)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)

@@ -29,7 +29,9 @@ def demo_command(
     ranks: Annotated[int, typer.Option(min=1, help="Processes to run, one rank each.")] = 2,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="transformers model type; may be repeated. Default: qwen3_moe, deepseek_v3."),
+        typer.Option(
+            help="transformers model type; may be repeated. Default: qwen3_moe, deepseek_v3."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate on each rank.")] = 32,
     base: Annotated[
@@ -63,7 +65,9 @@ def explain_command(
         str, typer.Option(help="transformers' experts implementation: grouped_mm or batched_mm.")
     ] = "grouped_mm",
     json: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the report as an HTML page.")
+    ] = None,
 ) -> None:
     """List each MoE layer of a model, and each candidate that was declined with the reason.
 

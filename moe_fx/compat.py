@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import SymInt
+import torch.distributed._functional_collectives  # registers the gradients of its ops
+from torch import SymInt, Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.aot_autograd import aot_export_module
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import get_ctx
 
 __all__ = [
+    "all_gather_rows",
     "base_compiler",
     "data_dependent_size",
     "export_functional",
@@ -52,3 +55,15 @@ def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[...,
 def group_store(group: dist.ProcessGroup) -> dist.Store:
     """The key-value store the group's ranks share."""
     return group.get_group_store()
+
+
+def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:
+    """``[n, ...]`` on each rank to ``[group_size * n, ...]``, in rank order, waited for.
+
+    The gradient is the reduce-scatter (sum) of the whole tensor's gradients. Traces as
+    ``all_gather_into_tensor`` and ``wait_tensor``.
+    """
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(
+        collectives.all_gather_into_tensor(shard, group_size, group_name)
+    )

@@ -118,9 +118,7 @@ def _run_model(
     )
 
 
-def _rank_main(
-    rank: int, path: str, prompts: list[Tensor], new_tokens: int, base: str
-) -> Outcome:
+def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, base: str) -> Outcome:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -186,7 +184,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _print(verdict: Verdict, console: Console) -> None:
-    table = Table(title=f"{verdict.model} on {len(verdict.outcomes)} ranks, {verdict.seconds:.0f} s")
+    table = Table(
+        title=f"{verdict.model} on {len(verdict.outcomes)} ranks, {verdict.seconds:.0f} s"
+    )
     for heading in ("rank", "MoE layers", "expert parameters", "rows sent", "tokens"):
         table.add_column(heading)
     for rank, outcome in enumerate(verdict.outcomes):

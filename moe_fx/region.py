@@ -49,6 +49,7 @@ class Router:
 class Gather:
     """An all-gather of expert shards in the graph: ``full [E, ...] = all_gather(shard [E/W, ...])``."""
 
+    full: Node
     shard: Node
     group_name: str
     world_size: int

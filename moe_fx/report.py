@@ -82,22 +82,15 @@ class Report:
         return console.file.getvalue()
 
     def _regions_table(self) -> Table:
-        table = Table(title=f"MoE layers found: {len(self.regions)}")
-        for heading in ("experts", "top-k", "hidden", "router", "form", "program"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("activation", "shared", "verified"):
-            table.add_column(heading)
-        table.add_column("source", overflow="fold")
+        table = Table(title=f"MoE layers found: {len(self.regions)}", show_lines=False)
+        for heading in ("experts", "router", "body", "dispatch", "verified", "source"):
+            table.add_column(heading, overflow="fold")
         for region in self.regions:
             table.add_row(
-                str(region.num_experts),
-                str(region.top_k),
-                str(region.hidden_size),
+                f"{region.top_k} of {region.num_experts}, hidden {region.hidden_size}",
                 _router_text(region),
-                region.form,
-                region.program,
-                region.activation,
-                "yes" if region.has_shared_expert else "no",
+                region.activation + (" + shared" if region.has_shared_expert else ""),
+                f"{region.form}, {region.program}",
                 "yes" if region.verified else "no",
                 _short(region.source),
             )
@@ -134,5 +127,5 @@ def _router_text(region: Region) -> str:
 
 
 def _short(source: str) -> str:
-    """The last two parts of a path: enough to find it, narrow enough for a table."""
-    return "/".join(source.rsplit("/", 2)[-2:])
+    """File and line without the folders: narrow enough for a table."""
+    return source.rsplit("/", 1)[-1]

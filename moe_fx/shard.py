@@ -10,8 +10,8 @@ that holds them gathers each once, *leaving* drops them. A loop over the experts
 its weights a different number of times on each rank; a gather a read would hang.
 
 The gradient of a shard is the reduce-scatter of the whole tensor's gradients: summed, not averaged,
-over the ranks. In eager training autograd keeps the gathered weights until backward; gradient
-checkpointing or a compiled model does not.
+over the ranks. Autograd keeps the gathered weights until backward; gradient checkpointing, which
+gathers them again, does not, and moe_fx's compiled graphs have none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from moe_fx._shard_compat import all_gather_rows
+from moe_fx.compat import all_gather_rows
 from moe_fx.errors import ConfigurationError
 
 __all__ = ["expert_parameter_bytes", "shard_experts"]
@@ -72,7 +72,8 @@ def shard_experts(
     weights = {} if checkpoint is None else _read(model, group, targets, Path(checkpoint))
     for param in {id(target.tensor): target.tensor for target in targets}.values():
         param.grad = None
-        param.data = param.data[block(param.shape[0], group)].clone()
+        rows = param.data[block(param.shape[0], group)]
+        param.data = rows.clone(memory_format=torch.contiguous_format)
     install(targets, group)
     _assign(model, weights)
     return model
@@ -154,7 +155,7 @@ def _share_class(module: nn.Module) -> None:
         own: Any = type(module)
         own.forward = _forward_of(base)
         for name in names:
-            # The property made for this module keeps its identity, for parametrize.cached().
+            # Torch's property caches by the id of the module it was made for.
             setattr(own, name, property(_reader(name)))
         _CLASSES[base, names] = own
     module.__class__ = _CLASSES[base, names]
@@ -291,9 +292,11 @@ def expert_parameters(
             )
     if params is not None:
         targets = _matching(present, tuple(params))
+    elif any(slot.unshard for slot in present):
+        targets = []
     else:
         targets = _likely_experts(model)
-        if not targets and not any(slot.unshard for slot in present):
+        if not targets:
             raise ConfigurationError(
                 f"shard_experts found no expert parameters in {type(model).__name__}: it looks for "
                 "modules with num_experts, or 'expert' in their name, whose parameters all have "
@@ -302,7 +305,8 @@ def expert_parameters(
             )
     for target in targets:
         _check(target, group)
-    return targets
+    tied = {id(target.tensor) for target in targets}
+    return [slot for slot in present if id(slot.tensor) in tied]
 
 
 def _matching(present: Sequence[Slot], patterns: Sequence[str]) -> list[Slot]:
@@ -346,7 +350,12 @@ def _check(target: Slot, group: dist.ProcessGroup) -> None:
             "tensors. Shard the experts before anything else that changes parameters (FSDP, tensor "
             "parallelism, quantisation), or choose other parameters with params=."
         )
-    experts = table.shape[0] if table.ndim else 1
+    experts = table.shape[0] if table.ndim else 0
+    if not experts:
+        raise ConfigurationError(
+            f"{target.full_name} has the shape {list(table.shape)}, and there is nothing to share "
+            "among ranks. Choose parameters of the shape [experts, ...] with params=."
+        )
     if experts % group.size():
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
         raise ConfigurationError(
@@ -382,7 +391,7 @@ def check_device(device: torch.device, what: str, group: dist.ProcessGroup) -> N
     """Raise `ConfigurationError` unless the group's backend gathers tensors on ``device``."""
     config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
     backends = dict(device.split(":", 1) for device in config.split(","))
-    # Gloo lists CUDA, for which it has no reduce-scatter.
+    # Gloo lists CUDA, and crashes there (seen with torch 2.11).
     served = sorted(d for d, backend in backends.items() if backend != "gloo" or d == "cpu")
     if device.type == "meta" or device.type in served:
         return

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
-
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
@@ -15,6 +13,7 @@ from moe_fx.passes.planner import Plan
 from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
 from moe_fx.passes.verify import Verify
+from torch.fx import GraphModule
 
 ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify())
 TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
@@ -23,9 +22,7 @@ PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
 __all__ = ["ANALYSIS", "PIPELINE", "TRANSFORMATION", "Context", "Pass", "PassResult", "run"]
 
 
-def run(
-    module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELINE
-) -> GraphModule:
+def run(module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELINE) -> GraphModule:
     """The rewritten graph, or ``module`` itself if no region was accepted."""
     current = module
     for step in passes:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.roles import is_unary_rowwise
-from moe_fx.region import Gather, Parts, Region
+from torch.fx import Graph, GraphModule, Node
+
+from moe_fx.region import Parts, Region
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def translate(parts: Parts, copies: dict[Node, Node]) -> Parts:
         combined=copies[parts.combined],
         tables=many(parts.tables),
         gathers=tuple(
-            Gather(copies[g.shard], g.group_name, g.world_size) for g in parts.gathers
+            replace(g, full=copies[g.full], shard=copies[g.shard]) for g in parts.gathers
         ),
         roles=_translated_roles(parts.roles, copies),
     )

@@ -6,9 +6,9 @@ That is what `moe_fx.shard_experts`, FSDP-style parametrisation and DTensor put 
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.roles import is_unary_rowwise
 from torch.fx import Node
 
-from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Gather
 
 _FUNCTIONAL = torch.ops._c10d_functional
@@ -19,11 +19,14 @@ def gather_of(node: Node) -> Gather | None:
     if node.target is not _FUNCTIONAL.wait_tensor.default:
         return None
     start = node.args[0]
-    if not isinstance(start, Node) or start.target is not _FUNCTIONAL.all_gather_into_tensor.default:
+    if (
+        not isinstance(start, Node)
+        or start.target is not _FUNCTIONAL.all_gather_into_tensor.default
+    ):
         return None
     shard, world_size, group_name = start.args
     assert isinstance(shard, Node) and isinstance(world_size, int) and isinstance(group_name, str)
-    return Gather(shard, group_name, world_size)
+    return Gather(node, shard, group_name, world_size)
 
 
 def gather_above(table: Node) -> Gather | None:
@@ -36,3 +39,13 @@ def gather_above(table: Node) -> Gather | None:
         source = node.args[0]
         assert isinstance(source, Node)
         node = source
+
+
+def erase_if_unread(gather: Gather) -> None:
+    """A collective is never dead code to FX: take away a gather that nothing reads any more."""
+    if not gather.full.users:
+        start = gather.full.args[0]
+        assert isinstance(start, Node)
+        for node in (gather.full, start):
+            if not node.users:
+                node.graph.erase_node(node)

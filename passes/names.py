@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
 from torch.fx import Node
 
-from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
 from moe_fx.region import Parts
 
 aten = torch.ops.aten
@@ -17,7 +17,7 @@ _SEARCH_LIMIT = 200
 
 
 def activation_name(body: Iterable[Node]) -> str:
-    """"silu", "gelu", "relu", "relu2", "clamped_swiglu" or "custom"."""
+    """ "silu", "gelu", "relu", "relu2", "clamped_swiglu" or "custom"."""
     ops = {node.target for node in body}
     if aten.silu.default in ops:
         return "clamped_swiglu" if aten.clamp.default in ops else "silu"

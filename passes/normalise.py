@@ -16,9 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-
 from moe_fx.passes.base import Context, Pass, PassResult
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 

@@ -21,8 +21,6 @@ import heapq
 from collections.abc import Collection, Iterable
 
 import torch
-from torch.fx import GraphModule, Node
-
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.gathers import gather_above
 from moe_fx.passes.names import activation_name, has_shared_expert
@@ -44,6 +42,8 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.router import recognise_router
 from moe_fx.passes.rules import Roles
+from torch.fx import GraphModule, Node
+
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten = torch.ops.aten
@@ -160,9 +160,7 @@ def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
     return best
 
 
-def _parts(
-    selection: Selection, roles: Roles, combined: Node, position: dict[Node, int]
-) -> Parts:
+def _parts(selection: Selection, roles: Roles, combined: Node, position: dict[Node, int]) -> Parts:
     nodes = sorted(_ancestors(combined, roles.of), key=position.__getitem__)
     of = roles.of
     body = [n for n in nodes if _stage(of[n]) in ("token", "expert")]
@@ -180,7 +178,9 @@ def _parts(
         combined,
     )
     dispatched = [n for n in nodes if n in roles.dispatched]
-    tokens = _the_only({roles.dispatched[n] for n in dispatched}, "dispatched token tensor", combined)
+    tokens = _the_only(
+        {roles.dispatched[n] for n in dispatched}, "dispatched token tensor", combined
+    )
     weights = _weights(nodes, of)
     needed = set(nodes)
     tables = [t for t in roles.tables if any(u in needed for u in t.users)]

@@ -23,11 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
-
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.gathers import erase_if_unread, gather_of
 from moe_fx.passes.roles import (
     VIEWS,
     PairIds,
@@ -41,6 +38,9 @@ from moe_fx.passes.roles import (
     shape,
     value,
 )
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Parts, Region
 
@@ -53,6 +53,8 @@ class Rewrite(Pass):
         for region, plan in zip(context.regions, context.plans, strict=True):
             rewrite_region(module.graph, region, plan)
         module.graph.eliminate_dead_code()
+        for gather in dict.fromkeys(g for region in context.regions for g in region.parts.gathers):
+            erase_if_unread(gather)
         module.graph.lint()
         module.recompile()
         return PassResult(module, changed=bool(context.regions))
@@ -241,7 +243,9 @@ class _Emitter:
         source = table.args[0]
         assert isinstance(source, Node)
         local = self._localise(source)
-        return table if local is source else self._copy(table, lambda n: local if n is source else n)
+        return (
+            table if local is source else self._copy(table, lambda n: local if n is source else n)
+        )
 
     # -- back at the tokens' side --------------------------------------------------------------
 
@@ -254,9 +258,7 @@ class _Emitter:
             return self.call(ops.unpermute.default, rows, row_map, weights, sizes)
         num_pairs = self.call(aten.sym_size.int, row_map, 0)
         sizes = [num_pairs, *shape(parts.cut)[1:]]
-        self.values = {
-            parts.cut: self.call(ops.unpermute.default, rows, row_map, None, sizes)
-        }
+        self.values = {parts.cut: self.call(ops.unpermute.default, rows, row_map, None, sizes)}
         for node in parts.nodes:
             if isinstance(parts.roles[node], PairWeights) or node in parts.post:
                 self.values[node] = self._post_node(node)

@@ -14,13 +14,13 @@ Pseudo-code::
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.extract import extract
+from moe_fx.passes.roles import Selection, argument, shape, tensor_inputs
+from moe_fx.passes.sizes import choose_token_count, example
 from torch import Tensor
 from torch.fx import Node
 
 from moe_fx import simulate
-from moe_fx.passes.extract import extract
-from moe_fx.passes.roles import Selection, argument, shape, tensor_inputs, value
-from moe_fx.passes.sizes import choose_token_count, example
 from moe_fx.region import Parts, Router
 
 aten = torch.ops.aten
@@ -100,7 +100,9 @@ def _selection_bias(selection: Selection, inner: list[Node], logits: Node) -> No
         source
         for node in inner
         for source in tensor_inputs(node)
-        if source not in inside and shape(source) and shape(source)[-1] == selection.num_experts
+        if source not in inside
+        and shape(source)
+        and shape(source)[-1] == selection.num_experts
         and all(size == 1 for size in shape(source)[:-1])
     }
     return leaves.pop() if len(leaves) == 1 else None
@@ -110,7 +112,11 @@ def _groups(selection: Selection, inner: list[Node]) -> tuple[int, int, str]:
     """(number of groups, groups selected, how a group is scored) of a group-limited selection."""
     groups, chosen, group_score = 1, 1, "top2"
     for node in inner:
-        if node is selection.node or node.target not in (aten.topk.default, aten.amax.default, aten.max.dim):
+        if node is selection.node or node.target not in (
+            aten.topk.default,
+            aten.amax.default,
+            aten.max.dim,
+        ):
             continue
         dims = shape(node.args[0])
         if len(dims) == 3:

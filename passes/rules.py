@@ -21,9 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.compat import statically_known_true
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
@@ -55,6 +52,9 @@ from moe_fx.passes.roles import (
     tensor_inputs,
     value,
 )
+from torch.fx import Node
+
+from moe_fx.compat import statically_known_true
 
 aten = torch.ops.aten
 
@@ -196,7 +196,9 @@ class Roles:
         role = self.get(node.args[0]) if node.args else None
         experts = self.selection.num_experts
         if node.target is aten.histc.default and isinstance(role, PairIds):
-            bins, low, high = (argument(node, at, n, 0) for at, n in enumerate(("bins", "min", "max"), 1))
+            bins, low, high = (
+                argument(node, at, n, 0) for at, n in enumerate(("bins", "min", "max"), 1)
+            )
             if bins != experts or low != 0 or high not in (experts - 1, experts):
                 raise self._refuse(
                     node,
@@ -249,8 +251,10 @@ class Roles:
             return True
         if node.target is aten.arange.start:
             return node.args[0] == 0
-        return node.target is aten.arange.start_step and node.args[0] == 0 and (
-            argument(node, 2, "step", 1) == 1
+        return (
+            node.target is aten.arange.start_step
+            and node.args[0] == 0
+            and (argument(node, 2, "step", 1) == 1)
         )
 
     def _index(self, node: Node) -> Role | None:
@@ -278,7 +282,9 @@ class Roles:
             )
         if isinstance(at, TokenIndex):
             if what is not None or not self._leads(source, self.selection.num_tokens):
-                raise self._refuse(node, f"token indices select from {source}, which is no token tensor")
+                raise self._refuse(
+                    node, f"token indices select from {source}, which is no token tensor"
+                )
             assert isinstance(source, Node)
             self.dispatched[node] = source
             return Rows(at.order, "token")
@@ -287,7 +293,9 @@ class Roles:
             after: Order = "pair" if at.inverse else "sorted"
             if isinstance(what, (Rows, PairWeights, PairIds)):
                 if what.order != before:
-                    raise self._refuse(node, f"rows in {what.order} order are permuted from {before} order")
+                    raise self._refuse(
+                        node, f"rows in {what.order} order are permuted from {before} order"
+                    )
                 return replace(what, order=after)
             if isinstance(what, TokenIndex) and what.order == before:
                 return TokenIndex(after)
@@ -344,7 +352,9 @@ class Roles:
         if rows.stage == "post":
             raise self._refuse(node, "routing weights multiply the rows before an expert matmul")
         if not isinstance(offsets, Counts) or not offsets.offsets:
-            raise self._refuse(node, "the grouped matmul's offsets are not the running sum of counts")
+            raise self._refuse(
+                node, "the grouped matmul's offsets are not the running sum of counts"
+            )
         if not self.is_table(table) or len(shape(table)) != 3:
             raise self._refuse(node, "the grouped matmul's weight is not one matrix per expert")
         self.tables[table] = None  # type: ignore[index]
@@ -396,7 +406,9 @@ class Roles:
         if not isinstance(role, Grouped) or node.target is not aten.sum.dim_IntList:
             return None
         dims = argument(node, 1, "dim")
-        if [d % len(shape(node.args[0])) for d in dims] != [1] or argument(node, 2, "keepdim", False):
+        if [d % len(shape(node.args[0])) for d in dims] != [1] or argument(
+            node, 2, "keepdim", False
+        ):
             return None
         if role.stage == "token":
             raise self._refuse(node, "token rows are summed without having met an expert")
@@ -421,7 +433,9 @@ class Roles:
         if grouped and not all(isinstance(r, (Grouped, PerToken)) for r in found):
             return None
         self._check_rows_stay_apart(node, roles, first_free_dim=2 if grouped else 1)
-        stages = [getattr(r, "stage", "expert" if isinstance(r, RowTable) else "post") for r in found]
+        stages = [
+            getattr(r, "stage", "expert" if isinstance(r, RowTable) else "post") for r in found
+        ]
         stage: Stage = max(stages, key=("token", "expert", "post").index)
         if grouped:
             return Grouped(stage)
@@ -429,7 +443,9 @@ class Roles:
         if len(orders) != 1:
             raise self._refuse(node, "rows in pair order meet rows sorted by expert")
         first = found[0]
-        if all(type(r) is type(first) for r in found) and isinstance(first, (PairWeights, RowTable)):
+        if all(type(r) is type(first) for r in found) and isinstance(
+            first, (PairWeights, RowTable)
+        ):
             return first
         return Rows(orders.pop(), stage)
 
@@ -476,5 +492,7 @@ class Roles:
         per_token = 1
         for size in shape(node)[1:]:
             per_token *= size
-        small = statically_known_true(per_token <= self.selection.num_experts * self.selection.top_k)
+        small = statically_known_true(
+            per_token <= self.selection.num_experts * self.selection.top_k
+        )
         return PerToken() if small else None

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.roles import VIEWS, same, value
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.roles import VIEWS, same, value
-
 aten = torch.ops.aten
 
-_SIZE_LIST_AT = {op: 1 for op in (*VIEWS, aten.expand.default)} | {
+_SIZE_LIST_AT = dict.fromkeys((*VIEWS, aten.expand.default), 1) | {
     aten.new_zeros.default: 1,
     aten.new_empty.default: 1,
     aten.new_full.default: 1,
@@ -104,5 +103,3 @@ def random_tensor(sizes: list[int], dtype: torch.dtype, generator: torch.Generat
     extent = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
     base = torch.randn(extent, generator=generator).to(dtype)
     return base.as_strided(sizes, strides)
-
-

@@ -6,7 +6,7 @@ stored one by one, and for a parameter that is a DTensor reads only the local sh
 weights are read until just after transformers has finished them (missing keys, ties); then they
 become what `shard_experts` makes of them.
 
-Checked on transformers 5.23; 5.17 has the same loader.
+Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _device(device_map: Any, name: str) -> torch.device:
                     "memory. Use a device_map without disk offload, or more ranks."
                 )
             device = device_map[name]
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+            return torch.device(device)
         if not name:
             break
         name = name.rpartition(".")[0]

@@ -45,7 +45,9 @@ def _route(
     elif score == "topk_softmax":
         scores = logits
     else:
-        raise ValueError(f"moe_fx::route: score must be softmax, sigmoid or topk_softmax: {score!r}")
+        raise ValueError(
+            f"moe_fx::route: score must be softmax, sigmoid or topk_softmax: {score!r}"
+        )
     choice = scores if select_bias is None else scores + select_bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
@@ -80,7 +82,9 @@ def _expert_counts_fake(ids: Tensor, num_experts: int) -> Tensor:
     return ids.new_empty((num_experts,), dtype=torch.int64)
 
 
-def _permute(tokens: Tensor, ids: Tensor, num_out_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+def _permute(
+    tokens: Tensor, ids: Tensor, num_out_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     flat = ids.reshape(-1)
     top_k = ids.shape[1] if ids.dim() == 2 else 1
     order = torch.argsort(flat, stable=True)
