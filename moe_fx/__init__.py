@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
-from moe_fx import ops
-from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer
-from moe_fx.explain import explain
-from moe_fx.options import Options
-from moe_fx.region import Declined, Region, Router
-from moe_fx.report import Report
-from moe_fx.shard import expert_parameter_bytes, shard_experts
+import torch
+
+from moe_fx.supported import require_supported_torch
+
+require_supported_torch(torch.__version__)
+
+from moe_fx import ops  # noqa: E402
+from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
+from moe_fx.explain import explain  # noqa: E402
+from moe_fx.options import Options  # noqa: E402
+from moe_fx.region import Declined, Region, Router  # noqa: E402
+from moe_fx.report import Report  # noqa: E402
+from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -41,10 +41,30 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     module, hidden = hide(module)
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
+    _make_copies_differentiable(graph_module)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
     return graph_module
+
+
+def _make_copies_differentiable(module: GraphModule) -> None:
+    """``x[...] = y`` becomes ``aten.copy(x, y)``, which has no derivative: take ``y`` in the shape
+    and dtype of ``x`` instead."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        target, source = node.args[0], node.args[1]
+        to, of = target.meta["val"], source.meta["val"]
+        with module.graph.inserting_before(node):
+            result = module.graph.call_function(torch.ops.aten.expand_as.default, (source, target))
+            result.meta = dict(node.meta)
+            if to.dtype != of.dtype:
+                result = module.graph.call_function(
+                    torch.ops.aten._to_copy.default, (result,), {"dtype": to.dtype}
+                )
+                result.meta = dict(node.meta)
+        node.replace_all_uses_with(result, propagate_meta=False)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def _write_back(module: GraphModule, mutated: list[str]) -> None:

@@ -50,13 +50,17 @@ class TokenCount:
         if not isinstance(self.captured, int):
             return args
         at = _SIZE_LIST_AT.get(node.target)
-        if at is not None and args[at] and isinstance(args[at][0], int) and args[at][0] > 0:
-            sizes = [self.size(args[at][0]), *args[at][1:]]
-            return (*args[:at], sizes, *args[at + 1 :])
+        if at is not None and args[at] and self._counts_rows(args[at][0]):
+            leading = -1 if node.target in VIEWS and -1 not in args[at] else self.size(args[at][0])
+            return (*args[:at], [leading, *args[at][1:]], *args[at + 1 :])
         if node.target in _ARANGE and all(isinstance(a, int) for a in args):
             end = 0 if node.target is aten.arange.default else 1
-            return (*args[:end], self.size(args[end]), *args[end + 1 :])
+            size = self.wanted * self.top_k if self.captured == 0 else self.size(args[end])
+            return (*args[:end], size, *args[end + 1 :])
         return args
+
+    def _counts_rows(self, size: Any) -> bool:
+        return isinstance(size, int) and size in (self.captured, self.captured * self.top_k)
 
 
 def choose_token_count(captured: Any, top_k: int, num_experts: int, wanted: int) -> TokenCount:

@@ -11,8 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import register_backend
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_fx
+from moe_fx.integrations.transformers import sharded_loading
 from moe_fx.shard import shard_experts
 from tests.models import build, token_ids
 
@@ -114,3 +118,130 @@ def _compare_gradients(
         errors[name] = relative_error(gradient, whole)
     assert found.keys() == wanted.keys()
     return errors
+
+
+def expert_block(num_experts: int = 8, top_k: int = 2, impl: str = "grouped_mm") -> nn.Module:
+    """One Qwen3-MoE sparse block, hidden size 64, with seeded weights."""
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        experts_implementation=impl,
+    )
+    block = Qwen3MoeSparseMoeBlock(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return block.eval()
+
+
+def only_expert(block: nn.Module, expert: int) -> None:
+    """Make the router send every token with positive features to ``expert``."""
+    with torch.no_grad():
+        weight = block.get_parameter("gate.weight")
+        weight.zero_()
+        weight[expert] = 1.0
+
+
+def block_errors(
+    rank: int,
+    token_counts: tuple[tuple[int, ...], ...],
+    *,
+    impl: str = "grouped_mm",
+    top_k: int = 2,
+    favourite: int | None = None,
+    unbacked: bool = False,
+    dynamic: bool | None = None,
+    base: str = "recording",
+    gathered: bool = False,
+) -> tuple[list[float], int]:
+    """(error per step, graphs compiled): at step ``s`` this rank has ``token_counts[s][rank]``
+    tokens. ``favourite``: all tokens go to that expert."""
+    block = expert_block(top_k=top_k, impl=impl)
+    if favourite is not None:
+        only_expert(block, favourite)
+    inputs = [torch.rand(1, counts[rank], 64) + 0.1 for counts in token_counts]
+    with torch.no_grad():
+        expected = [block(x) for x in inputs]
+    group = dist.group.WORLD
+    assert group is not None
+    if gathered:
+        shard_experts(block, group)
+    reports: list[moe_fx.Report] = []
+    options = {"ep_group": group, "base": base, "on_report": reports.append, "strict": True}
+    compiled = torch.compile(
+        block, backend="moe_fx", fullgraph=True, dynamic=dynamic, options=options
+    )
+    errors = []
+    for x, want in zip(inputs, expected, strict=True):
+        if unbacked:
+            torch._dynamo.decorators.mark_unbacked(x, 1)
+        with torch.no_grad():
+            found = compiled(x)
+        errors.append(relative_error(found, want) if want.numel() else 0.0)
+        assert found.shape == want.shape
+    return errors, len(reports)
+
+
+def model_graphs(rank: int, family: str, lengths: tuple[int, ...]) -> tuple[list[float], int, int]:
+    """(error per sequence length, graphs compiled by moe_fx, graphs of plain capture)."""
+    model, config = build(family)
+    group = dist.group.WORLD
+    plain: list[GraphModule] = []
+    reports: list[moe_fx.Report] = []
+
+    def count(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        plain.append(module)
+        return module.forward
+
+    options = {"ep_group": group, "base": "recording", "on_report": reports.append}
+    compiled = torch.compile(model, backend="moe_fx", fullgraph=True, dynamic=True, options=options)
+    captured = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    errors = []
+    for length in lengths:
+        ids = token_ids(config, 1, length, seed=rank)
+        with torch.no_grad():
+            expected = captured(input_ids=ids, use_cache=False).logits
+            found = compiled(input_ids=ids, use_cache=False).logits
+        errors.append(relative_error(found, expected))
+    return errors, len(reports), len(plain)
+
+
+class LargestExpertTensors(TorchDispatchMode):
+    """Bytes of the largest tensor made so far that has the trailing sizes of expert weights."""
+
+    def __init__(self, trailing: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.trailing = trailing
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.device.type != "meta" and value.dim() == 3:
+                sizes = tuple(value.shape[1:])
+                if sizes in self.trailing or sizes[::-1] in self.trailing:
+                    self.largest = max(self.largest, value.nbytes)
+        return result
+
+
+def expert_memory(rank: int, path: str) -> tuple[int, int, int, int]:
+    """Load sharded, compile, run. (bytes held, bytes of the whole model's experts, bytes of one
+    layer's largest whole expert tensor, bytes of the largest expert tensor ever made here)."""
+    group = dist.group.WORLD
+    assert group is not None
+    with LargestExpertTensors({(64, 64), (64, 32)}) as seen:
+        with sharded_loading(group):
+            model = AutoModelForCausalLM.from_pretrained(path)
+        options = {"base": "recording", "strict": True}
+        compiled = torch.compile(model, backend="moe_fx", fullgraph=True, options=options)
+        ids = torch.randint(model.config.vocab_size, (1, 9 + rank))
+        with torch.no_grad():
+            compiled(input_ids=ids, use_cache=False)
+    held, whole = moe_fx.expert_parameter_bytes(model)
+    largest_whole = 8 * 64 * 64 * 4
+    return held, whole, largest_whole, seen.largest
