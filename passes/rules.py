@@ -242,9 +242,14 @@ class Roles:
         if len(shape(node)) != 1 or not self._leads(node, self.selection.num_pairs):
             raise self._refuse(node, "the inverse permutation does not have one entry per row")
         self.of[values] = Scratch()  # type: ignore[index]
+        while values.target in VIEWS:  # type: ignore[union-attr]
+            values = values.args[0]  # type: ignore[union-attr]
+            self.of[values] = Scratch()  # type: ignore[index]
         return replace(role, inverse=not role.inverse)
 
     def _is_arange(self, node: Any) -> bool:
+        if same(self.selection.num_pairs, 1) and isinstance(node, Node) and node.target in VIEWS:
+            node = node.args[0]  # one row: 0 is written as a scalar
         if not isinstance(node, Node) or not self._leads(node, self.selection.num_pairs):
             return False
         if node.target is aten.arange.default:

@@ -89,9 +89,8 @@ def example(
         return 1.5 if hint is None else float(hint)
     if not isinstance(val, Tensor):
         return val
-    sizes = [concrete(s) for s in val.shape]
-    if per_token:
-        sizes[0] = tokens.size(val.shape[0])
+    leading = [tokens.size(val.shape[0])] if per_token else []
+    sizes = leading + [concrete(size) for size in val.shape[len(leading) :]]
     return random_tensor(sizes, val.dtype, generator)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import register_backend
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -222,6 +223,8 @@ class LargestExpertTensors(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, DTensor):  # its sizes are the whole's, its memory a shard's
+                value = value.to_local()
             if isinstance(value, Tensor) and value.device.type != "meta" and value.dim() == 3:
                 sizes = tuple(value.shape[1:])
                 if sizes in self.trailing or sizes[::-1] in self.trailing:
@@ -234,14 +237,22 @@ def expert_memory(rank: int, path: str) -> tuple[int, int, int, int]:
     layer's largest whole expert tensor, bytes of the largest expert tensor ever made here)."""
     group = dist.group.WORLD
     assert group is not None
-    with LargestExpertTensors({(64, 64), (64, 32)}) as seen:
-        with sharded_loading(group):
-            model = AutoModelForCausalLM.from_pretrained(path)
-        options = {"base": "recording", "strict": True}
-        compiled = torch.compile(model, backend="moe_fx", fullgraph=True, options=options)
-        ids = torch.randint(model.config.vocab_size, (1, 9 + rank))
-        with torch.no_grad():
-            compiled(input_ids=ids, use_cache=False)
+    with LargestExpertTensors({(64, 64), (64, 32)}) as seen, sharded_loading(group):
+        model = AutoModelForCausalLM.from_pretrained(path)
+
+    def watching(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with seen:
+                return module(*args)
+
+        return run
+
+    register_backend(watching, name="watching")
+    options = {"base": "watching", "strict": True}
+    compiled = torch.compile(model, backend="moe_fx", fullgraph=True, options=options)
+    ids = torch.randint(model.config.vocab_size, (1, 9 + rank))
+    with torch.no_grad():
+        compiled(input_ids=ids, use_cache=False)
     held, whole = moe_fx.expert_parameter_bytes(model)
     largest_whole = 8 * 64 * 64 * 4
     return held, whole, largest_whole, seen.largest
