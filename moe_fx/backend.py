@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,8 @@ from moe_fx import passes
 from moe_fx.agree import agree_once
 from moe_fx.capture import capture, may_select_experts
 from moe_fx.compat import base_compiler
-from moe_fx.errors import ConfigurationError, NothingMatched
+from moe_fx.errors import NothingMatched
+from moe_fx.groups import check_device
 from moe_fx.options import Options, parse_options
 from moe_fx.report import Report
 
@@ -35,7 +35,7 @@ def moe_fx_backend(
     `NothingMatched` under ``strict``.
     """
     parsed = parse_options(options)
-    check_group(parsed.ep_group, example_inputs)
+    check_devices(parsed.ep_group, example_inputs)
     report = Report()
     rewritten = rewrite(module, example_inputs, parsed, report)
     if parsed.on_report is not None:
@@ -68,25 +68,12 @@ def rewrite(
     return module if result is captured else result
 
 
-def check_group(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]) -> None:
+def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]) -> None:
     """The group's backend must serve the device the model is on."""
-    if group is None:
-        return
-    devices = {v.device.type for v in example_inputs if isinstance(v, Tensor)} - {"meta"}
-    served = _devices(group)
-    missing = sorted(devices - served) if served else []
-    if missing:
-        raise ConfigurationError(
-            f"The model's tensors are on {', '.join(missing)}, but the expert-parallel group "
-            f"exchanges tensors on {', '.join(sorted(served))} only. Move the model "
-            f"(model.to({sorted(served)[0]!r})) or create the group with a backend for its device, "
-            'such as dist.init_process_group("cpu:gloo,cuda:nccl").'
-        )
-
-
-@functools.lru_cache
-def _devices(group: dist.ProcessGroup) -> frozenset[str]:
-    return frozenset(device.type for device in group._device_types)
+    if group is not None:
+        for value in example_inputs:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                check_device(value.device, "The model", group)
 
 
 def _check_strict(report: Report) -> None:

@@ -39,9 +39,19 @@ class Options(BaseModel):
     @field_validator("ep_group")
     @classmethod
     def _is_group(cls, group: Any) -> Any:
-        if group is None or isinstance(group, dist.ProcessGroup):
+        if group is None and dist.is_initialized():
+            return None
+        if group is None:
+            raise ValueError(
+                "is None, and torch.distributed is not initialised: call init_process_group() first "
+                "(dist.group.WORLD is None before), or leave ep_group out to stay on one device"
+            )
+        if isinstance(group, dist.ProcessGroup):
             return group
-        raise ValueError("expected a torch.distributed.ProcessGroup, such as dist.group.WORLD")
+        raise ValueError(
+            "expected a torch.distributed.ProcessGroup that this rank is in, such as "
+            "dist.group.WORLD"
+        )
 
 
 def parse_options(options: Mapping[str, Any] | Options | None) -> Options:

@@ -25,14 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_fx.errors import ConfigurationError
-from moe_fx.shard import (
-    Slot,
-    check_device,
-    expert_parameters,
-    install,
-    open_safetensors,
-    require_group,
-)
+from moe_fx.groups import check_device, require_group
+from moe_fx.shard import Slot, expert_parameters, install, open_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -183,10 +183,10 @@ def check_ops(rank: int) -> int:
     rows, splits = departing(rank, table), split_lists(rank, table)
     # no test_aot_dispatch: it compares results, and each start has another handle
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    before = next(iter(ops.all_to_all(rows, *splits, world_group())))
+    first = int(ops.all_to_all(rows, *splits, world_group()))
     opcheck(ops.all_to_all, (rows, *splits, world_group()), test_utils=utils)
-    after = next(iter(ops.all_to_all(rows, *splits, world_group())))
-    for handle in range(int(before), int(after) + 1):
+    last = int(ops.all_to_all(rows, *splits, world_group()))
+    for handle in range(first, last + 1):
         ops.wait(torch.tensor([handle]), rows, *splits, world_group())
     return pending_exchanges()
 
@@ -358,8 +358,12 @@ def over_the_sent_rows(sent: Tensor, other: Tensor, wide: Tensor) -> Tensor:
 FILLERS = {"another layer": another_layer, "over the sent rows": over_the_sent_rows}
 
 
+Names = tuple[str, str, str]
+"""Of ``SENT``, ``FILLERS`` and ``WAITS``."""
+
+
 def overlapped(
-    tokens: Tensor, other: Tensor, wide: Tensor, send: Tensor, recv: Tensor, names: tuple[str, ...]
+    names: Names, tokens: Tensor, other: Tensor, wide: Tensor, send: Tensor, recv: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows, filler, wait_name = names
     sent = SENT[rows](tokens, wide)
@@ -389,25 +393,36 @@ def late_exchange(arrives: bool = True) -> Iterator[None]:
         yield
 
 
-def overlap_inputs(rank: int) -> tuple[Tensor, ...]:
+def overlap_inputs(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     table = [[10, 14], [8, 16]]
     torch.manual_seed(rank)
     tokens, other = torch.randn(2, 24, HIDDEN)
     return tokens, other, torch.randn(HIDDEN, 8 * HIDDEN), *split_lists(rank, table)
 
 
-def run_late(rank: int, names: tuple[str, ...], arrives: bool = True) -> tuple[Any, Any, str]:
-    """(compiled results over a late link, eager results over the real one, emitted code)."""
+@dataclass(frozen=True)
+class Overlapped:
+    """Compiled and over a late link (``got``), eager over the real one (``expected``); what stood
+    between start and wait in both, and the emitted calls."""
+
+    got: Tensor
+    expected: Tensor
+    got_between: Tensor
+    expected_between: Tensor
+    code: str
+
+
+def run_late(rank: int, names: Names, arrives: bool = True) -> Overlapped:
     inputs = overlap_inputs(rank)
-    expected = overlapped(*inputs, names=names)
+    expected, expected_between = overlapped(names, *inputs)
     compiled = torch.compile(overlapped, fullgraph=True)
     with late_exchange(arrives), torch._inductor.config.patch(fx_graph_cache=False):
-        got, (code,) = run_and_get_code(compiled, *inputs, names=names)
-    return got, expected, code
+        (got, between), (code,) = run_and_get_code(compiled, names, *inputs)
+    return Overlapped(got, expected, between, expected_between, call_body(code))
 
 
 def call_body(code: str) -> str:
-    """The emitted calls, in order."""
+    """The emitted calls, in order, without comments."""
     body = code[code.index("def call(") : code.index("runner = Runner")]
     return "\n".join(line for line in body.splitlines() if not line.strip().startswith("#"))
 
@@ -422,8 +437,9 @@ DUPLICATED = pytest.mark.xfail(
 @pytest.mark.parametrize("filler", FILLERS)
 @pytest.mark.parametrize("rows", ["permuted", "multiplied"])
 def test_the_sent_rows_are_intact_until_the_wait(ranks2: RankPool, rows: str, filler: str) -> None:
-    for got, expected, code in ranks2.run(run_late, (rows, filler, "wait")):
-        torch.testing.assert_close(got, expected, msg=lambda m: f"{m}\n{call_body(code)}")
+    for result in ranks2.run(run_late, (rows, filler, "wait")):
+        torch.testing.assert_close(result.got_between, result.expected_between)
+        assert torch.allclose(result.got, result.expected), result.code
 
 
 @DUPLICATED
@@ -431,8 +447,9 @@ def test_the_sent_rows_are_intact_until_the_wait(ranks2: RankPool, rows: str, fi
 def test_sent_rows_that_inductor_computes_itself_are_intact_until_the_wait(
     ranks2: RankPool, rows: str
 ) -> None:
-    for got, expected, code in ranks2.run(run_late, (rows, "another layer", "wait")):
-        torch.testing.assert_close(got, expected, msg=lambda m: f"{m}\n{call_body(code)}")
+    for result in ranks2.run(run_late, (rows, "another layer", "wait")):
+        torch.testing.assert_close(result.got_between, result.expected_between)
+        assert torch.allclose(result.got, result.expected, atol=1e-6), result.code
 
 
 @pytest.mark.parametrize(
@@ -443,21 +460,23 @@ def test_a_wait_that_does_not_take_the_sent_rows_lets_inductor_write_over_them(
     ranks2: RankPool, rows: str, filler: str
 ) -> None:
     """The tests above have teeth: this is what they would see."""
-    for got, expected, code in ranks2.run(run_late, (rows, filler, "forgetful wait")):
-        torch.testing.assert_close(got[1], expected[1])
-        assert not torch.allclose(got[0], expected[0]), call_body(code)
+    for result in ranks2.run(run_late, (rows, filler, "forgetful wait")):
+        torch.testing.assert_close(result.got_between, result.expected_between)
+        assert not torch.allclose(result.got, result.expected), result.code
 
 
 @pytest.mark.parametrize("filler", FILLERS)
 def test_the_received_rows_are_not_read_before_the_wait(ranks2: RankPool, filler: str) -> None:
-    for got, _, code in ranks2.run(run_late, ("permuted", filler, "wait")):
-        assert got[0].isfinite().all() and got[1].isfinite().all(), call_body(code)
+    for result in ranks2.run(run_late, ("permuted", filler, "wait")):
+        assert result.got.isfinite().all(), result.code
+        assert result.got_between.isfinite().all(), result.code
 
 
-def test_reading_the_received_rows_too_early_shows(ranks2: RankPool) -> None:
+def test_received_rows_that_are_read_too_early_show(ranks2: RankPool) -> None:
     """The test above has teeth: rows that never arrive are NaN."""
-    for got, _, _ in ranks2.run(run_late, ("permuted", "another layer", "wait"), False):
-        assert got[0].isnan().all() and got[1].isfinite().all()
+    for result in ranks2.run(run_late, ("permuted", "another layer", "wait"), False):
+        assert result.got.isnan().all()
+        assert result.got_between.isfinite().all()
 
 
 def late_gradients(rank: int, compiled: bool) -> tuple[Tensor, ...]:
@@ -466,9 +485,8 @@ def late_gradients(rank: int, compiled: bool) -> tuple[Tensor, ...]:
     wide.requires_grad_()
     step = torch.compile(overlapped, fullgraph=True) if compiled else overlapped
     with late_exchange() if compiled else contextlib.nullcontext():
-        received, between = step(
-            tokens, other, wide, send, recv, names=("multiplied", "another layer", "wait")
-        )
+        names = ("multiplied", "another layer", "wait")
+        received, between = step(names, tokens, other, wide, send, recv)
         loss = received.square().sum() + between.sum()
         return torch.autograd.grad(loss, (tokens, wide))
 

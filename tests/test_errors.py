@@ -1,0 +1,97 @@
+"""What goes wrong is said in one paragraph: what, where, what was expected, what to do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moe_fx
+from moe_fx.backend import check_devices
+from moe_fx.options import parse_options
+from moe_fx.supported import require_supported_torch
+from moe_fx.testing import RankPool
+from tests.e2e.ranks import expert_block
+
+
+def compile_error(rank: int, num_experts: int, options: dict[str, Any]) -> str:
+    """The message of what compiling a block of so many experts over all ranks raises."""
+    block = expert_block(num_experts=num_experts)
+    options = {"ep_group": dist.group.WORLD, "base": "eager", **options}
+    try:
+        torch.compile(block, backend="moe_fx", options=options)(torch.randn(1, 6, 64))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def device_error(rank: int) -> str:
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 3, device="cuda")]
+    try:
+        check_devices(dist.group.WORLD, inputs)
+    except moe_fx.ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+def test_experts_that_do_not_divide_by_the_group(ranks2: RankPool) -> None:
+    for message in ranks2.run(compile_error, 7, {}):
+        assert "has 7 experts, which do not divide by the 2 ranks" in message
+        assert "modeling_qwen3_moe.py:" in message
+        assert "use a group of 1, 7 ranks" in message
+
+
+def test_model_on_a_device_the_group_does_not_serve(ranks2: RankPool) -> None:
+    for message in ranks2.run(device_error):
+        assert "is on cuda" in message
+        assert "exchanges tensors on cpu only" in message
+        assert "cpu:gloo,cuda:nccl" in message
+
+
+def test_strict_with_nothing_to_match() -> None:
+    compiled = torch.compile(
+        torch.nn.Linear(4, 4), backend="moe_fx", options={"strict": True, "base": "eager"}
+    )
+    with pytest.raises(Exception, match="strict=True: 0 MoE layers were rewritten") as error:
+        compiled(torch.randn(2, 4))
+    assert "moe_fx.explain(model, *args)" in str(error.value)
+
+
+def test_strict_with_a_declined_candidate_names_reason_and_line() -> None:
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(logits.topk(3).values.softmax(-1), 1)
+
+    compiled = torch.compile(sample, backend="moe_fx", options={"strict": True, "base": "eager"})
+    with pytest.raises(Exception, match=r"never bring tokens to experts .*test_errors\.py:\d+"):
+        compiled(torch.randn(5, 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"verfy": "off"}, "verfy: Extra inputs are not permitted"),
+        ({"verify": "sometimes"}, "verify: Input should be 'off', 'compile' or 'always'"),
+        ({"ep_group": None}, "init_process_group"),
+        ({"ep_group": "WORLD"}, "expected a torch.distributed.ProcessGroup"),
+        ({"agree_timeout": 0}, "agree_timeout: Input should be greater than 0"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(moe_fx.ConfigurationError, match=re.escape(said)):
+        parse_options(options)
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cu130"])
+def test_unsupported_torch_is_refused(version: str) -> None:
+    with pytest.raises(ImportError, match=f"torch {re.escape(version)} is installed"):
+        require_supported_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0", "2.13.0+cpu"])
+def test_supported_torch_is_accepted(version: str) -> None:
+    assert require_supported_torch(version) is None
