@@ -1,4 +1,4 @@
-"""Ranks compile separately and must agree: a fingerprint of the plans, compared before the first run.
+"""Ranks compile separately and must agree: their plans are compared before the first run.
 
 Every rank publishes the distinct fingerprints of its compiled graphs, in order, in the group's
 store; the n-th of each must be equal. A graph compiled again for other shapes has the same

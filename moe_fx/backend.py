@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
-from moe_fx import passes
+import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.capture import capture, may_select_experts
 from moe_fx.compat import base_compiler
@@ -80,7 +80,7 @@ def _check_strict(report: Report) -> None:
     if report.declined or not report.regions:
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
         raise NothingMatched(
-            f"strict=True: {len(report.regions)} MoE layers were rewritten, but not all candidates: "
-            f"{found or 'the graph selects no experts with a top-k'}. Use moe_fx.explain(model, "
+            f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every candidate "
+            f"was: {found or 'the graph selects no experts with a top-k'}. Use moe_fx.explain(model, "
             "*args) to see each candidate, or strict=False to run what did not match as it is."
         )

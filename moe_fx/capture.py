@@ -1,4 +1,4 @@
-"""Capture: Dynamo's graph to functional ATen, before decomposition and before autograd is split off.
+"""Capture: Dynamo's graph to functional ATen, before decomposition and autograd.
 
 One normal form for every base compiler, with the model's source lines on its nodes. Training works
 because dialect ops carry autograd formulas and the base compiler differentiates the result.

@@ -40,8 +40,8 @@ def demo_command(
 ) -> None:
     """Show it working: small real models, expert-parallel on this machine, against the original.
 
-    Starts its own ranks (Gloo), loads each model with transformers' loader so that a rank holds only
-    its experts, compiles with backend="moe_fx", generates from another prompt on each rank and
+    Starts its own ranks (Gloo), loads each model with transformers' loader so that a rank holds
+    only its experts, compiles with backend="moe_fx", generates from another prompt on each rank and
     compares every token with the unmodified model. Exit status 1 if anything differs.
     """
     console = Console()
@@ -57,8 +57,8 @@ def explain_command(
     target: Annotated[
         str,
         typer.Argument(
-            help="hf:MODEL_TYPE (a small model of that transformers family, such as hf:qwen3_moe) or "
-            "path/to/file.py:factory (a function that returns (model, args) or (model, args, kwargs))."
+            help="hf:MODEL_TYPE (a small model of that transformers family, as in hf:qwen3_moe) or "
+            "path/to/file.py:factory (a function returning (model, args) or (model, args, kwargs))."
         ),
     ],
     implementation: Annotated[

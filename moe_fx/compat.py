@@ -6,7 +6,7 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ __all__ = [
 
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group registered under ``name`` (``ProcessGroup.group_name``)."""
-    return _resolve_process_group(name)
+    return _resolve_process_group(cast(Any, name))
 
 
 def data_dependent_size() -> SymInt | int:
@@ -42,9 +42,11 @@ def data_dependent_size() -> SymInt | int:
 
 def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
     """(functional ATen graph before decomposition and autograd, its signature)."""
-    return aot_export_module(
+    exported, signature = aot_export_module(
         module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
     )
+    assert isinstance(exported, GraphModule)
+    return exported, signature
 
 
 def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[..., Any]]:

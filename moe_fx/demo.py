@@ -1,4 +1,4 @@
-"""``moe-fx demo``: real transformers models, expert-parallel on ranks of this machine, against eager.
+"""``moe-fx demo``: transformers models, expert-parallel on ranks of this machine, against eager.
 
 For each model: save it, load it on every rank with transformers' own loader so that each holds only
 its experts, compile with ``backend="moe_fx"``, generate from another prompt on each rank, and
@@ -130,7 +130,7 @@ def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, bas
     with sharded_loading(group):
         model = AutoModelForCausalLM.from_pretrained(path)
     reports: list[Report] = []
-    options = {"base": base, "on_report": reports.append}
+    options: dict[str, Any] = {"base": base, "on_report": reports.append}
     model.forward = torch.compile(
         model.forward, backend="moe_fx", dynamic=True, fullgraph=True, options=options
     )
@@ -157,7 +157,7 @@ def _prompt(vocabulary: int, rank: int) -> Tensor:
 
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
-    """Greedy, by transformers' own ``generate``. No early end: every rank must run as many steps."""
+    """Greedy, by transformers' own ``generate``. No early end: ranks run in step."""
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from moe_fx import passes
+import moe_fx.passes as passes
 from moe_fx.capture import capture, may_select_experts
 from moe_fx.options import Options, parse_options
 from moe_fx.report import Report

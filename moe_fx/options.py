@@ -43,8 +43,8 @@ class Options(BaseModel):
             return None
         if group is None:
             raise ValueError(
-                "is None, and torch.distributed is not initialised: call init_process_group() first "
-                "(dist.group.WORLD is None before), or leave ep_group out to stay on one device"
+                "is None, and torch.distributed is not initialised: call init_process_group() "
+                "first (dist.group.WORLD is None before), or leave ep_group out to stay on one device"
             )
         if isinstance(group, dist.ProcessGroup):
             return group

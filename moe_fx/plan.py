@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class ExchangePlan:
     """The same on every rank but for ``rank``.
 
-    strategy: "local" (one rank: nothing travels) or "alltoall" (exact split sizes, one host sync).
+    strategy: "local" (one rank: nothing travels), "alltoall" (exact split sizes, one host sync).
     group_name, world_size, rank: the expert-parallel group.
-    num_experts, local_experts: rank ``r`` owns experts ``[r * local_experts, (r+1) * local_experts)``.
+    num_experts, local_experts: rank ``r`` owns experts from ``r * local_experts`` on.
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """

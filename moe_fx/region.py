@@ -47,7 +47,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Gather:
-    """An all-gather of expert shards in the graph: ``full [E, ...] = all_gather(shard [E/W, ...])``."""
+    """An all-gather of expert shards: ``full [E, ...] = all_gather(shard [E/W, ...])``."""
 
     full: Node
     shard: Node

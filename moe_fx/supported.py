@@ -10,7 +10,7 @@ def require_supported_torch(version: str) -> None:
     major, minor = version.split(".")[:2]
     if not _OLDEST <= (int(major), int(minor)) < _FIRST_UNSUPPORTED:
         raise ImportError(
-            f"moe_fx needs torch >= 2.11 and < 2.14, but torch {version} is installed. It relies on "
-            "torch.compile internals that change between releases: install a supported one, such "
+            f"moe_fx needs torch >= 2.11 and < 2.14, but torch {version} is installed. It relies "
+            "on torch.compile internals that change between releases: install a supported one, such "
             "as pip install 'torch==2.13.*', or a newer moe_fx."
         )

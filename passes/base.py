@@ -1,4 +1,4 @@
-"""What every pass is: ``(GraphModule, Context) -> PassResult``, timed and recorded, never printing."""
+"""What every pass is: ``(GraphModule, Context) -> PassResult``, timed, never printing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person would call the parts of a region: activation, shared expert. For the report only."""
+"""What a person would call the parts of a region, for the report: activation, shared expert."""
 
 from __future__ import annotations
 

@@ -53,9 +53,8 @@ SPELLINGS: dict[Any, Callable[[Node], tuple[Any, tuple[Any, ...], dict[str, Any]
 
 def copy_graph(module: GraphModule) -> GraphModule:
     graph = Graph()
-    output = graph.graph_copy(module.graph, {}, return_output_node=True)
-    assert output is not None
-    value, old_output = output  # type: ignore[misc]
+    copied: Any = graph.graph_copy(module.graph, {}, return_output_node=True)
+    value, old_output = copied
     graph.output(value).meta = dict(old_output.meta)
     return GraphModule(module, graph)
 

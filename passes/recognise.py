@@ -7,7 +7,7 @@ Pseudo-code::
 
     for each top-k node:
         give roles to its users, in graph order, as long as a rule applies
-        exactly one Combined -> collect the nodes it needs; check tokens, ids, cut, escapes -> Region
+        exactly one Combined -> the nodes it needs; check tokens, ids, cut, escapes -> Region
         otherwise            -> Declined with the refusal that got furthest
     top-k nodes inside a region's router (group selection) are part of that region
 
@@ -59,9 +59,9 @@ class Recognise(Pass):
             except Refusal as refusal:
                 refusals.append((node, refusal))
         inside = _routers(context.regions)
-        for node, refusal in refusals:
+        for node, reason in refusals:
             if node not in inside:
-                context.report.declined.append(declined(node, refusal))
+                context.report.declined.append(declined(node, reason))
         for name, submodule in module.named_children():
             if isinstance(submodule, GraphModule) and any(
                 "topk" in str(n.target) for n in submodule.graph.nodes
@@ -204,7 +204,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node, position: dict[No
 
 
 def _weights(nodes: Iterable[Node], of: dict[Node, Role]) -> set[Node]:
-    """The router's floating ``[T, K]`` values, flattened to pairs or met by rows grouped by token."""
+    """The router's ``[T, K]`` weights, flattened to pairs or met by rows grouped by token."""
     flattened = {of[n].source for n in nodes if isinstance(of[n], PairWeights)}  # type: ignore[attr-defined]
     met = {
         source

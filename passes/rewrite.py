@@ -152,8 +152,10 @@ class _Emitter:
         return self._copy(node, self._rows)
 
     def _is_permuting(self, node: Node) -> bool:
+        index: Any
         if node.target is aten.index.Tensor:
-            (index,) = node.args[1]  # type: ignore[misc]
+            indices: Any = node.args[1]
+            (index,) = indices
         elif node.target is aten.index_select.default:
             index = node.args[2]
         else:
@@ -162,7 +164,7 @@ class _Emitter:
 
     def _per_row_matmul(self, node: Node) -> Node:
         """``bmm`` of each row with its own copy of its expert's matrix, in either order."""
-        left, right = node.args
+        left, right = node.all_input_nodes
         table_first = isinstance(self.parts.roles.get(left), RowTable)
         rows, table = (right, left) if table_first else (left, right)
         vector_dim = 2 if table_first else 1

@@ -230,7 +230,7 @@ _DIMS: dict[Any, Callable[[Node, int], Iterable[int]]] = {
     aten.rms_norm.default: _normalized(1),
 }
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ELEMENTWISE_COPIES = (aten._to_copy.default, aten.clone.default, aten.alias.default)
 GROUPED_MATMULS = tuple(
     op

@@ -59,8 +59,7 @@ def recognise_router(selection: Selection, parts: Parts) -> Router:
         return Router()
     weights = weights.view(tokens.wanted, selection.top_k)
     bias = None if select_bias is None else values[select_bias].reshape(-1)
-    scores = [score for score in _scores(selection, inner)]
-    for score in scores:
+    for score in _scores(selection, inner):
         found = _fit(
             score, values[logits], bias, groups, chosen, group_score, weights, ids, selection.top_k
         )

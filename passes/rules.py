@@ -222,7 +222,7 @@ class Roles:
         return None
 
     def _inverse(self, node: Node) -> Role | None:
-        """``empty.index_put([perm], arange(S))`` (or ``scatter``) builds the inverse of ``perm``."""
+        """``empty.index_put([perm], arange(S))`` or ``scatter``: the inverse of ``perm``."""
         if node.target in (aten.empty_like.default, aten.zeros_like.default):
             return Scratch() if isinstance(self.get(node.args[0]), Permutation) else None
         if node.target is aten.index_put.default:
@@ -242,8 +242,8 @@ class Roles:
         if len(shape(node)) != 1 or not self._leads(node, self.selection.num_pairs):
             raise self._refuse(node, "the inverse permutation does not have one entry per row")
         self.of[values] = Scratch()  # type: ignore[index]
-        while values.target in VIEWS:  # type: ignore[union-attr]
-            values = values.args[0]  # type: ignore[union-attr]
+        while isinstance(values, Node) and values.target in VIEWS:
+            values = values.args[0]
             self.of[values] = Scratch()  # type: ignore[index]
         return replace(role, inverse=not role.inverse)
 
@@ -255,12 +255,9 @@ class Roles:
         if node.target is aten.arange.default:
             return True
         if node.target is aten.arange.start:
-            return node.args[0] == 0
-        return (
-            node.target is aten.arange.start_step
-            and node.args[0] == 0
-            and (argument(node, 2, "step", 1) == 1)
-        )
+            return bool(argument(node, 0, "start") == 0)
+        from_zero = argument(node, 0, "start") == 0 and argument(node, 2, "step", 1) == 1
+        return node.target is aten.arange.start_step and bool(from_zero)
 
     def _index(self, node: Node) -> Role | None:
         if node.target is aten.index.Tensor:
@@ -282,8 +279,8 @@ class Roles:
                 return RowTable(at.order)
             raise self._refuse(
                 node,
-                f"expert ids select from {source}, which does not have {self.selection.num_experts} "
-                "entries along its first dim",
+                f"expert ids select from {source}, whose first dim does not count the "
+                f"{self.selection.num_experts} experts",
             )
         if isinstance(at, TokenIndex):
             if what is not None or not self._leads(source, self.selection.num_tokens):
@@ -438,7 +435,7 @@ class Roles:
         if grouped and not all(isinstance(r, (Grouped, PerToken)) for r in found):
             return None
         self._check_rows_stay_apart(node, roles, first_free_dim=2 if grouped else 1)
-        stages = [
+        stages: list[Stage] = [
             getattr(r, "stage", "expert" if isinstance(r, RowTable) else "post") for r in found
         ]
         stage: Stage = max(stages, key=("token", "expert", "post").index)

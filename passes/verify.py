@@ -78,10 +78,11 @@ def difference(alone: Extract, region: Region, plan: ExchangePlan) -> str:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return f"could not be verified with {what}: {type(error).__name__}: {error}"
         for rank, ((left,), (right,)) in enumerate(zip(expected, found, strict=True)):
-            error = _relative_error(left, right)
-            if error > _TOLERANCE.get(left.dtype, 1e-4):
+            distance = _relative_error(left, right)
+            if distance > _TOLERANCE.get(left.dtype, 1e-4):
                 return (
-                    f"the rewrite changed the result with {what}: relative difference {error:.1e} "
+                    f"the rewrite changed the result with {what}: relative difference "
+                    f"{distance:.1e} "
                     f"on rank {rank} of {plan.world_size}"
                 )
     return ""
@@ -195,7 +196,7 @@ def _token_count(region: Region) -> int:
 
 
 def _reference_matmuls(module: GraphModule) -> dict[Any, Any]:
-    """Grouped matmuls by the book, so that strided test weights and unaligned sizes are no issue."""
+    """Grouped matmuls by the book: strided test weights and unaligned sizes are no issue."""
     targets = {node.target for node in module.graph.nodes if is_grouped_matmul(node)}
     targets.add(torch.ops.moe_fx.grouped_mm.default)
     return dict.fromkeys(targets, _grouped_matmul)

@@ -5,7 +5,7 @@
 | ``route`` | router logits to weights and expert ids (gating top-k) |
 | ``expert_counts`` | tokens per expert |
 | ``permute`` / ``unpermute`` | rows sorted by expert, stable / weighted sum back in token order |
-| ``exchange_counts`` / ``split_sizes`` | the one small exchange / its sizes on the host (the one sync) |
+| ``exchange_counts`` / ``split_sizes`` | the one small exchange / sizes on the host (a sync) |
 | ``all_to_all`` / ``wait`` | start of the row exchange / its end |
 | ``regroup`` | received rows, by source rank, to rows by local expert |
 | ``grouped_mm`` | each expert's rows times that expert's weight |

@@ -69,7 +69,7 @@ def _grouped_mm_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_mm_grad_weight(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-    """``[R, D], [R, N] -> [L, D, N]``: for each expert, its rows transposed times their gradient."""
+    """``[R, D], [R, N] -> [L, D, N]``: each expert's rows, transposed, times their gradient."""
     if _aten_can_group(rows, grad):
         return torch._grouped_mm(rows.t(), grad, offsets)
     out = rows.new_zeros((offsets.numel(), rows.shape[1], grad.shape[1]))

@@ -51,10 +51,8 @@ def _route(
     choice = scores if select_bias is None else scores + select_bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
-        if group_score == "top2":
-            best = grouped.topk(2, dim=-1).values.sum(-1)
-        else:
-            best = grouped.amax(-1)
+        best_scores = grouped.topk(2 if group_score == "top2" else 1, dim=-1).values
+        best = best_scores.sum(-1)
         chosen = best.topk(topk_group, dim=-1, sorted=False).indices
         mask = torch.zeros_like(best).scatter(-1, chosen, 1.0).bool()
         choice = grouped.masked_fill(~mask.unsqueeze(-1), _NEG_INF).flatten(-2)

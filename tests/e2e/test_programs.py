@@ -83,8 +83,7 @@ def test_one_inductor_graph_serves_every_token_count(ranks2: RankPool) -> None:
 
 def every_count(rank: int, impl: str, base: str) -> tuple[list[float], int]:
     counts = tuple(
-        (n, n + rank_extra)
-        for n, rank_extra in ((7, 0), (1, 0), (2, 3), (64, 1), (1000, 0))
+        (n, n + rank_extra) for n, rank_extra in ((7, 0), (1, 0), (2, 3), (64, 1), (1000, 0))
     )
     return block_errors(rank, counts, impl=impl, unbacked=True, dynamic=True, base=base)
 
