@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moe_fx.compat import export_functional
@@ -42,10 +43,20 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
     _make_copies_differentiable(graph_module)
+    _note_scalars(graph_module, inputs)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
     return graph_module
+
+
+def _note_scalars(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Under ``dynamic=True`` Dynamo passes the model's floats (a routing scale) as 0-d tensors: keep
+    their values for the report."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        if type(value) is Tensor and value.dim() == 0 and value.device.type == "cpu":
+            node.meta["scalar"] = value.item()
 
 
 def _make_copies_differentiable(module: GraphModule) -> None:

@@ -85,8 +85,9 @@ def example(
     if isinstance(val, torch.SymInt):
         return tokens.size(val)
     if isinstance(val, torch.SymFloat):
-        hint = val.node.hint
-        return 1.5 if hint is None else float(hint)
+        source = node.args[0] if node.target is aten.item.default else node
+        assert isinstance(source, Node)
+        return float(source.meta.get("scalar", 1.5))
     if not isinstance(val, Tensor):
         return val
     leading = [tokens.size(val.shape[0])] if per_token else []

@@ -157,7 +157,7 @@ def _rank_inputs(
             per_token = node in (parts.tokens, parts.weights) or isinstance(
                 parts.roles.get(node), PerToken
             )
-            inputs.append(example(node, count, generator, per_token=per_token))
+            inputs.append(example(original, count, generator, per_token=per_token))
     return inputs
 
 

@@ -256,3 +256,38 @@ def expert_memory(rank: int, path: str) -> tuple[int, int, int, int]:
     held, whole = moe_fx.expert_parameter_bytes(model)
     largest_whole = 8 * 64 * 64 * 4
     return held, whole, largest_whole, seen.largest
+
+
+class DenseExperts(nn.Module):
+    """Every expert on every token, then a masked sum: a spelling the recogniser does not know."""
+
+    def __init__(self, num_experts: int = 4, hidden: int = 16) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(num_experts, hidden, hidden, generator=generator) * 0.3
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(weights)
+        self.gate = nn.Linear(hidden, num_experts, bias=False)
+        with torch.no_grad():
+            self.gate.weight.copy_(torch.randn(num_experts, hidden, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, ids = self.gate(x).softmax(-1).topk(2)
+        mask = torch.zeros(x.shape[0], self.num_experts, dtype=x.dtype).scatter(1, ids, values)
+        everything = torch.einsum("th,ehk->etk", x, self.weight)
+        return torch.einsum("etk,te->tk", everything, mask)
+
+
+def unknown_spelling(rank: int) -> tuple[float, list[dict[str, str]], bool]:
+    """(error of the sharded, compiled model, what was declined, whether weights are gathered)."""
+    model = DenseExperts()
+    x = torch.rand(5 + rank, 16)
+    expected = model(x)
+    group = dist.group.WORLD
+    shard_experts(model, group)
+    reports: list[moe_fx.Report] = []
+    options = {"base": "recording", "on_report": reports.append}
+    _RECORDED.clear()
+    found = torch.compile(model, backend="moe_fx", fullgraph=True, options=options)(x)
+    gathers = any("all_gather" in str(n.target) for g in _RECORDED for n in g.graph.nodes)
+    return relative_error(found, expected), reports[0].to_dict()["declined"], gathers

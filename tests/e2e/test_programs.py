@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from moe_fx.testing import RankPool
-from tests.e2e.ranks import block_errors, compare, expert_memory, model_graphs
+from tests.e2e.ranks import (
+    block_errors,
+    compare,
+    expert_memory,
+    model_graphs,
+    unknown_spelling,
+)
 from tests.models import build
 
 EXACT = 1e-5
@@ -107,3 +113,13 @@ def test_a_rank_never_holds_more_experts_than_its_shard(ranks2: RankPool, tmp_pa
         print(f"experts held {held} B of {whole} B; largest expert tensor made {largest_seen} B")
         assert held * 2 == whole
         assert 0 < largest_seen <= largest_whole // 2
+
+
+def test_an_unknown_use_of_the_weights_runs_right_and_says_why(ranks2: RankPool) -> None:
+    for error, declined, gathers in ranks2.run(unknown_spelling):
+        assert error <= EXACT
+        assert gathers
+        assert len(declined) == 1
+        assert declined[0]["reason"]
+        assert "ranks.py:" in declined[0]["source"]
+        print(declined[0])

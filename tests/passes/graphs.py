@@ -1,0 +1,225 @@
+"""Captured MoE graphs for tests of the passes: real transformers blocks and a hand-written one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from moe_fx import passes, simulate
+from moe_fx.capture import capture
+from moe_fx.options import Options
+from moe_fx.plan import ExchangePlan
+from moe_fx.report import Report
+from tests.models import FAMILIES
+
+BLOCKS = {
+    "qwen3_moe": "Qwen3MoeSparseMoeBlock",
+    "deepseek_v2": "DeepseekV2Moe",
+    "deepseek_v3": "DeepseekV3MoE",
+    "gpt_oss": "GptOssMLP",
+    "nemotron_h": "NemotronHMoE",
+}
+_NEMOTRON = {
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 2.5,
+}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """dynamo: the graph as the backend gets it; module: as functional ATen; inputs: of both, the
+    parameters among them."""
+
+    dynamo: GraphModule
+    module: GraphModule
+    inputs: list[Any]
+
+    @property
+    def token_inputs(self) -> list[int]:
+        """Positions of floating inputs that are no parameters or buffers."""
+        return [
+            at
+            for at, value in enumerate(self.inputs)
+            if isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not isinstance(value, nn.Parameter)
+            and not getattr(value, "is_buffer", False)
+        ]
+
+    def other_inputs(self, seed: int) -> list[Any]:
+        """The same parameters, other tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        values = list(self.inputs)
+        for at in self.token_inputs:
+            values[at] = torch.randn(values[at].shape, generator=generator).to(values[at].dtype)
+        return values
+
+
+def block(
+    family: str, impl: str = "grouped_mm", dtype: torch.dtype = torch.float32, **config_kwargs: Any
+) -> nn.Module:
+    """One MoE block of the family, 2 of 8 experts and hidden size 64 unless said otherwise, with
+    weights that tell experts apart."""
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kwargs = {"hidden_size": 64, "num_hidden_layers": 2, "experts_implementation": impl}
+    if family == "nemotron_h":
+        from transformers import NemotronHConfig as config_class
+
+        kwargs |= _NEMOTRON
+    else:
+        config_class = FAMILIES[family].config_class
+        kwargs |= FAMILIES[family].config_kwargs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = config_class(**(kwargs | {"num_hidden_layers": 2} | config_kwargs))
+        module = getattr(modeling, BLOCKS[family])(config)
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.normal_(std=0.2)
+    for buffer in module.buffers():
+        buffer.is_buffer = True  # type: ignore[attr-defined]
+    return module.to(dtype).eval()
+
+
+def tokens(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def captured(
+    model: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any
+) -> Captured:
+    """The one graph of ``model(*args)``, through Dynamo and `moe_fx.capture`."""
+    found: list[Captured] = []
+
+    def record(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found.append(Captured(module, capture(module, inputs), list(inputs)))
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
+    torch._dynamo.reset()
+    (only,) = found
+    return only
+
+
+class ForRank(passes.Pass):
+    """In place of `passes.Plan`: every region is exchanged among ``world`` simulated ranks."""
+
+    def __init__(self, world: int, rank: int = 0) -> None:
+        self.world, self.rank = world, rank
+
+    def _apply(self, module: GraphModule, context: passes.Context) -> passes.PassResult:
+        context.plans = [
+            exchange_plan(region.num_experts, self.world, self.rank) for region in context.regions
+        ]
+        return passes.PassResult(module, changed=False)
+
+
+def exchange_plan(experts: int, world: int, rank: int = 0) -> ExchangePlan:
+    if world == 1:
+        return ExchangePlan("local", experts, experts)
+    return ExchangePlan("alltoall", experts, experts // world, "simulated", world, rank)
+
+
+def rewritten(
+    module: GraphModule, world: int = 1, rank: int = 0, verify: str = "compile"
+) -> tuple[GraphModule | None, Report]:
+    """(rank's graph, or None if nothing was accepted; what the passes said)."""
+    report = Report()
+    context = passes.Context(options=Options(verify=verify), report=report)  # type: ignore[arg-type]
+    planned = tuple(
+        ForRank(world, rank) if isinstance(step, passes.Plan) else step for step in passes.PIPELINE
+    )
+    result = passes.run(module, context, planned)
+    return (None if result is module else result), report
+
+
+def rewritten_on_ranks(
+    module: GraphModule, world: int, verify: str = "compile"
+) -> tuple[list[GraphModule] | None, Report]:
+    """(a graph per rank, or None; what the passes said on the first)."""
+    first, report = rewritten(module, world, 0, verify)
+    if first is None:
+        return None, report
+    graphs = [first]
+    for rank in range(1, world):
+        graph, _ = rewritten(module, world, rank, "off")
+        assert graph is not None
+        graphs.append(graph)
+    return graphs, report
+
+
+def run_ranks(graphs: Sequence[GraphModule], inputs: Sequence[Sequence[Any]]) -> list[Any]:
+    """Outputs by rank; a single graph simply runs."""
+    with torch.no_grad():
+        if len(graphs) == 1:
+            return [graphs[0](*inputs[0])]
+        return simulate.run(graphs, inputs)
+
+
+def relative_error(expected: Any, found: Any) -> float:
+    """Largest difference of two outputs (tensors, or sequences of them), NaNs equal to NaNs."""
+    if isinstance(expected, (tuple, list)):
+        pairs = zip(expected, found, strict=True)
+        return max((relative_error(a, b) for a, b in pairs), default=0.0)
+    if not isinstance(expected, Tensor):
+        return 0.0 if expected == found else float("inf")
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    left, right = expected.double(), found.double()
+    if not torch.equal(left.isfinite(), right.isfinite()):
+        return float("inf")
+    difference = (left - right).nan_to_num(0, 0, 0).abs().max()
+    return float(difference / left.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-30))
+
+
+def op_names(module: GraphModule) -> list[str]:
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+
+# -- a grouped MoE forward by hand -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights of a small MoE layer: router ``[E, H]``, gate_up ``[E, H, 2N]``, down ``[E, N, H]``."""
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    top_k: int = 2
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+    def with_(self, **changes: Any) -> Experts:
+        return replace(self, **changes)
+
+
+def experts(num_experts: int = 8, hidden: int = 32, width: int = 16, top_k: int = 2) -> Experts:
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*sizes: int) -> nn.Parameter:
+        values = torch.randn(sizes, generator=generator) / sizes[-2] ** 0.5
+        return nn.Parameter(values)
+
+    return Experts(
+        nn.Parameter(torch.randn((num_experts, hidden), generator=generator)),
+        parameter(num_experts, hidden, 2 * width),
+        parameter(num_experts, width, hidden),
+        top_k,
+    )
