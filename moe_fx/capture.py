@@ -51,8 +51,8 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
 
 
 def _note_scalars(module: GraphModule, inputs: Sequence[Any]) -> None:
-    """Under ``dynamic=True`` Dynamo passes the model's floats (a routing scale) as 0-d tensors: keep
-    their values for the report."""
+    """Under ``dynamic=True`` Dynamo passes the model's floats (a routing scale) as 0-d tensors:
+    keep their values for the report."""
     placeholders = module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, inputs, strict=True):
         if type(value) is Tensor and value.dim() == 0 and value.device.type == "cpu":

@@ -119,12 +119,14 @@ def _run_model(
 
 
 def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, base: str) -> Outcome:
+    from torch._inductor import config
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from moe_fx.integrations.transformers import sharded_loading
 
     logging.disable_progress_bar()
+    config.compile_threads = 1  # the ranks keep the cores busy as it is
     group = dist.group.WORLD
     assert group is not None
     with sharded_loading(group):

@@ -44,7 +44,7 @@ class Options(BaseModel):
         if group is None:
             raise ValueError(
                 "is None, and torch.distributed is not initialised: call init_process_group() "
-                "first (dist.group.WORLD is None before), or leave ep_group out to stay on one device"
+                "first (dist.group.WORLD is None before), or leave ep_group out to use one device"
             )
         if isinstance(group, dist.ProcessGroup):
             return group

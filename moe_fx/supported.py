@@ -11,6 +11,6 @@ def require_supported_torch(version: str) -> None:
     if not _OLDEST <= (int(major), int(minor)) < _FIRST_UNSUPPORTED:
         raise ImportError(
             f"moe_fx needs torch >= 2.11 and < 2.14, but torch {version} is installed. It relies "
-            "on torch.compile internals that change between releases: install a supported one, such "
-            "as pip install 'torch==2.13.*', or a newer moe_fx."
+            "on torch.compile internals that change between releases: install a supported one, "
+            "as in pip install 'torch==2.13.*', or a newer moe_fx."
         )

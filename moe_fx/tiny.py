@@ -26,7 +26,7 @@ _SIZES: dict[str, Any] = {
         _TOP_K,
     ),
     "vocab_size": 512,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 32,
@@ -63,6 +63,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     sizes = {name: size for name, size in _SIZES.items() if known.get(name) is not None}
     if "qk_rope_head_dim" in sizes:  # latent attention: the rotary part is the head
         sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    if "first_k_dense_replace" in sizes:  # still two layers with experts
+        sizes["num_hidden_layers"] += sizes["first_k_dense_replace"]
     return AutoConfig.for_model(model_type, **(sizes | overrides))
 
 

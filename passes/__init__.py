@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from torch.fx import GraphModule
+
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
@@ -13,7 +15,6 @@ from moe_fx.passes.planner import Plan
 from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
 from moe_fx.passes.verify import Verify
-from torch.fx import GraphModule
 
 ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify())
 TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())

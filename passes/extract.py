@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from moe_fx.passes.gathers import gather_of
-from moe_fx.passes.roles import is_unary_rowwise
 from torch.fx import Graph, GraphModule, Node
 
+from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Parts, Region
 
 

@@ -6,9 +6,9 @@ That is what `moe_fx.shard_experts`, FSDP-style parametrisation and DTensor put 
 from __future__ import annotations
 
 import torch
-from moe_fx.passes.roles import is_unary_rowwise
 from torch.fx import Node
 
+from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Gather
 
 _FUNCTIONAL = torch.ops._c10d_functional

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
 from torch.fx import Node
 
+from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
 from moe_fx.region import Parts
 
 aten = torch.ops.aten

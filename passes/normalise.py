@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moe_fx.passes.base import Context, Pass, PassResult
 from torch.fx import Graph, GraphModule, Node
+
+from moe_fx.passes.base import Context, Pass, PassResult
 
 aten = torch.ops.aten
 

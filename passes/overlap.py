@@ -13,8 +13,9 @@ Pseudo-code::
 from __future__ import annotations
 
 import torch
-from moe_fx.passes.base import Context, Pass, PassResult
 from torch.fx import GraphModule, Node
+
+from moe_fx.passes.base import Context, Pass, PassResult
 
 _WAIT = torch.ops.moe_fx.wait.default
 

@@ -14,11 +14,11 @@ Rejects (declined): weights gathered over another group than ``ep_group``; exper
 from __future__ import annotations
 
 import torch.distributed as dist
-from moe_fx.passes.base import Context, Pass, PassResult
 from torch.fx import GraphModule
 
 from moe_fx.compat import resolve_group
 from moe_fx.errors import ConfigurationError
+from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
 

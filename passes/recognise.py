@@ -21,6 +21,8 @@ import heapq
 from collections.abc import Collection, Iterable
 
 import torch
+from torch.fx import GraphModule, Node
+
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.gathers import gather_above
 from moe_fx.passes.names import activation_name, has_shared_expert
@@ -42,8 +44,6 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.router import recognise_router
 from moe_fx.passes.rules import Roles
-from torch.fx import GraphModule, Node
-
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten = torch.ops.aten

@@ -23,6 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.gathers import erase_if_unread, gather_of
 from moe_fx.passes.roles import (
@@ -38,9 +41,6 @@ from moe_fx.passes.roles import (
     shape,
     value,
 )
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
-
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Parts, Region
 

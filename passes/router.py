@@ -14,13 +14,13 @@ Pseudo-code::
 from __future__ import annotations
 
 import torch
-from moe_fx.passes.extract import extract
-from moe_fx.passes.roles import Selection, argument, shape, tensor_inputs
-from moe_fx.passes.sizes import choose_token_count, example
 from torch import Tensor
 from torch.fx import Node
 
 from moe_fx import simulate
+from moe_fx.passes.extract import extract
+from moe_fx.passes.roles import Selection, argument, shape, tensor_inputs
+from moe_fx.passes.sizes import choose_token_count, example
 from moe_fx.region import Parts, Router
 
 aten = torch.ops.aten

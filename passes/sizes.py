@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_fx.passes.roles import VIEWS, same, value
 from torch import Tensor
 from torch.fx import Node
+
+from moe_fx.passes.roles import VIEWS, same, value
 
 aten = torch.ops.aten
 

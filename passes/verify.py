@@ -21,16 +21,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from moe_fx import simulate
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.extract import Extract, extract_region, translate
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.rewrite import rewrite_region
 from moe_fx.passes.roles import PerToken, is_grouped_matmul, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
-from torch import Tensor
-from torch.fx import GraphModule, Node
-
-from moe_fx import simulate
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region, source_of
 
