@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives  # registers the gradients of i
 from torch import SymInt, Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.aot_autograd import aot_export_module
+from torch._library.fake_impl import allocate_size
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -36,8 +37,13 @@ def resolve_group(name: str) -> dist.ProcessGroup:
 
 
 def data_dependent_size() -> SymInt | int:
-    """A fresh unbacked size, from within a fake kernel."""
-    return get_ctx().new_dynamic_size(min=0)
+    """A fresh unbacked size, from within a fake kernel.
+
+    Not ``get_ctx().new_dynamic_size()``: that refuses unless Dynamo was told to capture ops with
+    data-dependent shapes, which ``torch.compile`` does only under ``fullgraph=True``. The model's
+    own graph has no such op; ours are put in later.
+    """
+    return allocate_size(get_ctx()._shape_env, min_val=0)
 
 
 def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:

@@ -157,6 +157,7 @@ def block_errors(
     dynamic: bool | None = None,
     base: str = "recording",
     gathered: bool = False,
+    fullgraph: bool = True,
 ) -> tuple[list[float], int]:
     """(error per step, graphs compiled): at step ``s`` this rank has ``token_counts[s][rank]``
     tokens. ``favourite``: all tokens go to that expert."""
@@ -173,7 +174,7 @@ def block_errors(
     reports: list[moe_fx.Report] = []
     options = {"ep_group": group, "base": base, "on_report": reports.append, "strict": True}
     compiled = torch.compile(
-        block, backend="moe_fx", fullgraph=True, dynamic=dynamic, options=options
+        block, backend="moe_fx", fullgraph=fullgraph, dynamic=dynamic, options=options
     )
     errors = []
     for x, want in zip(inputs, expected, strict=True):

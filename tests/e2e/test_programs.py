@@ -80,6 +80,17 @@ def test_one_graph_serves_every_token_count(ranks2: RankPool, impl: str) -> None
         assert graphs == 1
 
 
+@pytest.mark.parametrize("base", ["recording", "aot_eager"])
+def test_without_fullgraph_it_is_still_one_graph(ranks2: RankPool, base: str) -> None:
+    for errors, graphs in ranks2.run(default_compile, base):
+        assert max(errors) <= EXACT
+        assert graphs == 1
+
+
+def default_compile(rank: int, base: str) -> tuple[list[float], int]:
+    return block_errors(rank, ((6, 9),), base=base, fullgraph=False)
+
+
 @pytest.mark.slow
 def test_one_inductor_graph_serves_every_token_count(ranks2: RankPool) -> None:
     for errors, graphs in ranks2.run(every_count, "grouped_mm", "inductor", timeout=400):
