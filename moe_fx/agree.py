@@ -23,6 +23,7 @@ from moe_fx.errors import RanksDiffer
 from moe_fx.plan import ExchangePlan
 
 _published: dict[str, list[str]] = {}
+_agreed: set[tuple[str, str]] = set()
 
 
 def describe(plans: Sequence[ExchangePlan], training: bool) -> str:
@@ -41,26 +42,28 @@ def agree_once(
     """``compiled``, which before its first run makes sure that all ranks of ``groups`` have the
     same plans (none at all is a plan too)."""
     text = describe(plans, training)
-    pending = [name for name in sorted(groups) if publish(name, text)]
+    for name in groups:
+        publish(name, text)
+    pending = [name for name in sorted(groups) if (name, text) not in _agreed]
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
         while pending:
-            compare(resolve_group(pending.pop()), text, timeout)
+            compare(resolve_group(pending[-1]), text, timeout)
+            pending.pop()
         return compiled(*args)
 
     return run
 
 
-def publish(group_name: str, text: str) -> bool:
-    """Tell the group what this rank has compiled; False if it has told the same before."""
+def publish(group_name: str, text: str) -> None:
+    """Tell the group what this rank has compiled, unless it has told the same before."""
     history = _published.setdefault(group_name, [])
     if text in history:
-        return False
+        return
     group = resolve_group(group_name)
     group_store(group).set(_key(group, group.rank(), len(history)), text)
     history.append(text)
-    return True
 
 
 def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
@@ -70,8 +73,10 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
     keys = [_key(group, rank, place) for rank in range(group.size())]
     try:
         store.wait(keys, timedelta(seconds=timeout))
-    except dist.DistStoreError:
+    except RuntimeError:  # what a time-out is called differs from store to store
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if not missing:
+            raise
         raise RanksDiffer(
             f"Rank {group.rank()} has compiled MoE graph {place + 1} and waited {timeout:g} s for "
             f"rank(s) {missing} of the expert-parallel group to compile theirs. Every rank must "
@@ -88,6 +93,7 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
             f"(ranks that differ from rank {group.rank()}: {sorted(differing)}). Give every rank "
             "the same model, options and mode (training or inference)."
         )
+    _agreed.add((group.group_name, text))
 
 
 def _difference(text: str, other: str) -> str:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import moe_fx
 from moe_fx.testing import RankPool
 
 torch.set_num_threads(1)
+
+# Inductor's cache on disk would serve code compiled for an earlier definition of an op.
+_cache = tempfile.TemporaryDirectory(prefix="moe_fx_inductor_", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
+
+
+def _digest_of_sources() -> str:
+    assert moe_fx.__file__ is not None
+    files = sorted(Path(moe_fx.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+# torch's compile caches do not see that an op was edited: without this, a test of compiled code
+# could run what was compiled before the edit. The ranks inherit the environment.
+os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = _digest_of_sources()
+torch.compiler.config.cache_key_tag = os.environ["TORCH_COMPILE_CACHE_KEY_TAG"]
 
 
 @pytest.fixture(scope="session")

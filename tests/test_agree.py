@@ -177,12 +177,7 @@ def run_except_on(rank: int, absent: int, tcp: bool) -> str:
     return ended
 
 
-FILE_STORE = pytest.mark.xfail(strict=True, reason="FileStore times out with a plain RuntimeError")
-
-
-@pytest.mark.parametrize(
-    "tcp", [True, pytest.param(False, marks=FILE_STORE)], ids=["TCPStore", "FileStore"]
-)
+@pytest.mark.parametrize("tcp", [True, False], ids=["TCPStore", "FileStore"])
 def test_a_rank_that_never_compiles_is_an_error_after_the_timeout_that_names_it(
     ranks4: RankPool, tcp: bool
 ) -> None:
@@ -218,7 +213,6 @@ def call_twice_on_differing(rank: int) -> list[str]:
     return [raised(run), raised(run)]
 
 
-@pytest.mark.xfail(strict=True, reason="the group is taken off the list before it is compared")
 def test_running_again_after_a_disagreement_is_an_error_again(ranks2: RankPool) -> None:
     for first, second in ranks2.run(call_twice_on_differing):
         assert first and first == second
@@ -231,7 +225,6 @@ def compile_twice_on_differing(rank: int) -> list[str]:
     return [raised(run) for run in runs]
 
 
-@pytest.mark.xfail(strict=True, reason="what was published counts as agreed")
 def test_compiling_again_after_a_disagreement_is_an_error_again(ranks2: RankPool) -> None:
     for first, second in ranks2.run(compile_twice_on_differing):
         assert first and first == second

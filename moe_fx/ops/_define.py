@@ -20,14 +20,17 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    any_layout: bool = False,
 ) -> None:
     """Register ``moe_fx::<schema>``.
 
     ``kernel`` is written in ATen calls and so serves CPU, CUDA and out-of-tree devices alike;
     an op with a device-specific implementation gets it from the lowering pass instead.
+    ``any_layout``: Inductor may pass tensors of any strides, and so need not copy them.
     """
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(schema, tags=(*tags, torch.Tag.flexible_layout) if any_layout else tags)
     qualname = f"{NAMESPACE}::{name}"
     for key in _DEVICE_KEYS:
         impl(qualname, key, kernel, lib=_LIBRARY)

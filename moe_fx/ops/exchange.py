@@ -4,7 +4,8 @@
 rows. Two invariants hold by construction, under any compiler:
 
 1. *The sent buffer is not reused before the wait*: ``wait`` takes the sent rows as an argument, so
-   they are alive until it has run.
+   they are alive until it has run. (Both ops take any layout: to ops that fix it, Inductor would
+   give each its own copy of rows it has not stored yet, and the sent copy would be free at once. ``wait`` checks that it was given the buffer that is being sent.)
 2. *The received buffer is not read before the wait*: it is not in the graph before; ``wait`` is the
    op that returns it, so no view, fusion or early read of it can exist.
 
@@ -32,10 +33,12 @@ from moe_fx.ops._define import define
 
 @dataclass(frozen=True)
 class _Pending:
-    """An exchange under way; holding the buffers here keeps both from being freed."""
+    """An exchange under way; holding the buffers here keeps both from being freed.
+    ``given``: address of the rows that ``all_to_all`` got."""
 
     received: Tensor
     sent: Tensor
+    given: int
     work: Any
 
 
@@ -78,6 +81,7 @@ def _split_sizes_fake(counts: Tensor, recv_counts: Tensor) -> Tensor:
 def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
     process_group = resolve_group(group)
     send, recv = send_counts.tolist(), recv_counts.tolist()
+    given = rows.data_ptr()
     rows = rows.contiguous()
     if sum(send) != rows.shape[0]:
         raise RuntimeError(
@@ -89,7 +93,7 @@ def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: s
     own = send[process_group.rank()]
     _bytes_sent[group] += (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size()
     handle = next(_handles)
-    _pending[handle] = _Pending(received, rows, work)
+    _pending[handle] = _Pending(received, rows, given, work)
     return torch.tensor([handle], dtype=torch.int64)
 
 
@@ -109,6 +113,11 @@ def _wait(
     if pending is None:
         raise RuntimeError(
             f"moe_fx::wait: exchange {int(handle)} was never started or has been waited for already"
+        )
+    if pending.given != sent.data_ptr():
+        raise RuntimeError(
+            "moe_fx::wait: was not given the rows that all_to_all sends, but another tensor; the "
+            "rows being sent may have been overwritten. Pass the same tensor to both."
         )
     pending.work.wait()
     return pending.received
@@ -156,6 +165,7 @@ define(
     "all_to_all(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
     _all_to_all,
     _all_to_all_fake,
+    any_layout=True,
 )
 define(
     "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
@@ -164,4 +174,5 @@ define(
     _wait_fake,
     backward=_wait_backward,
     setup_context=_wait_setup,
+    any_layout=True,
 )

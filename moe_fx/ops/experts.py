@@ -88,10 +88,10 @@ def _aten_can_group(*operands: Tensor) -> bool:
     """``torch._grouped_mm`` takes three dtypes, one unit stride and 16-byte aligned other strides
     (torch 2.13, CPU and CUDA). Where it refuses, experts are multiplied one by one."""
     for operand in operands:
-        strides = sorted(operand.stride()[-2:])
-        if operand.dtype not in _GROUPED_DTYPES or strides[0] != 1:
+        unit, *others = sorted(operand.stride())
+        if operand.dtype not in _GROUPED_DTYPES or unit != 1:
             return False
-        if any(s * operand.element_size() % _ALIGNMENT_BYTES for s in operand.stride() if s != 1):
+        if any(stride * operand.element_size() % _ALIGNMENT_BYTES for stride in others):
             return False
     return True
 

@@ -67,13 +67,22 @@ def _route(
 
 def _expert_counts(ids: Tensor, num_experts: int) -> Tensor:
     flat = ids.reshape(-1).long()
-    counts = torch.bincount(flat, minlength=num_experts)
+    try:
+        counts = torch.bincount(flat, minlength=num_experts)
+    except RuntimeError:
+        if int(flat.min()) >= 0:
+            raise
+        raise _out_of_range(int(flat.min()), num_experts) from None
     if counts.numel() != num_experts:
-        raise RuntimeError(
-            f"moe_fx::expert_counts: an expert id is {int(flat.max())}, but the layer has "
-            f"{num_experts} experts (ids 0 to {num_experts - 1})"
-        )
+        raise _out_of_range(int(flat.max()), num_experts)
     return counts
+
+
+def _out_of_range(expert: int, num_experts: int) -> RuntimeError:
+    return RuntimeError(
+        f"moe_fx::expert_counts: an expert id is {expert}, but the layer has {num_experts} experts "
+        f"(ids 0 to {num_experts - 1})"
+    )
 
 
 def _expert_counts_fake(ids: Tensor, num_experts: int) -> Tensor:
@@ -88,14 +97,23 @@ def _permute(
     order = torch.argsort(flat, stable=True)
     row_map = torch.empty_like(order, dtype=torch.int32)
     row_map[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
-    kept = order if num_out_tokens is None else order[:num_out_tokens]
+    kept = order[: _num_rows(order.numel(), num_out_tokens)]
     return tokens.index_select(0, kept if top_k == 1 else kept // top_k), row_map
+
+
+def _num_rows(num_pairs: int, num_out_tokens: int | None) -> int:
+    """None or 0: all; more than there are: all; negative: counted from the end (as torch_npu)."""
+    if not num_out_tokens:
+        return num_pairs
+    if num_out_tokens < 0:
+        return num_pairs + num_out_tokens
+    return torch.sym_min(num_out_tokens, num_pairs)
 
 
 def _permute_fake(
     tokens: Tensor, ids: Tensor, num_out_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    num_rows = ids.numel() if num_out_tokens is None else num_out_tokens
+    num_rows = _num_rows(ids.numel(), num_out_tokens)
     rows = tokens.new_empty((num_rows, *tokens.shape[1:]))
     return rows, ids.new_empty((ids.numel(),), dtype=torch.int32)
 
@@ -156,7 +174,7 @@ def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     row_map, *weighted = ctx.saved_tensors
     rows, weights = weighted if weighted else (None, None)
     grad_rows, grad_weights = torch.ops.moe_fx.unpermute_grad(
-        grad, row_map, rows, weights, ctx.rows_shape, ctx.rows_dtype
+        grad, row_map, rows, weights, ctx.num_tokens, ctx.rows_shape, ctx.rows_dtype
     )
     return grad_rows, None, (None if weights is None else grad_weights), None
 
@@ -166,16 +184,14 @@ def _unpermute_grad(
     row_map: Tensor,
     rows: Tensor | None,
     weights: Tensor | None,
+    num_tokens: int,
     rows_shape: list[int],
     rows_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     num_rows, *tail = rows_shape
     grad_rows = grad.new_zeros(rows_shape, dtype=rows_dtype)
-    if row_map.numel() == 0:
-        return grad_rows, torch.zeros_like(grad if weights is None else weights)
-    num_tokens = row_map.numel() if weights is None else weights.shape[0]
-    if weights is None and tail:
-        num_tokens = grad.numel() // _product(tail)
+    if row_map.numel() == 0 or num_rows == 0:
+        return grad_rows, torch.zeros_like(row_map if weights is None else weights)
     top_k = row_map.numel() // num_tokens
     per_pair = grad.reshape(num_tokens, 1, *tail).expand(num_tokens, top_k, *tail)
     kept = row_map < num_rows
@@ -197,18 +213,12 @@ def _unpermute_grad(
     return grad_rows, products.to(weights.dtype).view(weights.shape)
 
 
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
 def _unpermute_grad_fake(
     grad: Tensor,
     row_map: Tensor,
     rows: Tensor | None,
     weights: Tensor | None,
+    num_tokens: int,
     rows_shape: list[int],
     rows_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -233,7 +243,8 @@ define(
 )
 define(
     "unpermute_grad(Tensor grad, Tensor row_map, Tensor? rows, Tensor? weights, "
-    "SymInt[] rows_shape, ScalarType rows_dtype) -> (Tensor grad_rows, Tensor grad_weights)",
+    "SymInt num_tokens, SymInt[] rows_shape, ScalarType rows_dtype) -> "
+    "(Tensor grad_rows, Tensor grad_weights)",
     _unpermute_grad,
     _unpermute_grad_fake,
 )

@@ -45,12 +45,13 @@ class Captured:
 
     @property
     def token_inputs(self) -> list[int]:
-        """Positions of floating inputs that are no parameters or buffers."""
+        """Positions of floating inputs that are no parameters, buffers or numbers."""
         return [
             at
             for at, value in enumerate(self.inputs)
             if isinstance(value, Tensor)
             and value.is_floating_point()
+            and value.dim() > 1
             and not isinstance(value, nn.Parameter)
             and not getattr(value, "is_buffer", False)
         ]
@@ -102,8 +103,13 @@ def captured(
     found: list[Captured] = []
 
     def record(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found.append(Captured(module, capture(module, inputs), list(inputs)))
-        return module.forward
+        traced = capture(module, inputs)
+
+        def run(*values: Any) -> Any:  # these are concrete where ``inputs`` may be symbols
+            found.append(Captured(module, traced, list(values)))
+            return module.forward(*values)
+
+        return run
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -179,7 +185,7 @@ def relative_error(expected: Any, found: Any) -> float:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    left, right = expected.double(), found.double()
+    left, right = expected.detach().double(), found.detach().double()
     if not torch.equal(left.isfinite(), right.isfinite()):
         return float("inf")
     difference = (left - right).nan_to_num(0, 0, 0).abs().max()
