@@ -15,10 +15,6 @@ from moe_fx.testing import RankPool
 
 torch.set_num_threads(1)
 
-# Inductor's cache on disk would serve code compiled for an earlier definition of an op.
-_cache = tempfile.TemporaryDirectory(prefix="moe_fx_inductor_", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
-
 
 def _digest_of_sources() -> str:
     assert moe_fx.__file__ is not None

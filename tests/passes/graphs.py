@@ -1,10 +1,10 @@
-"""Captured MoE graphs for tests of the passes: real transformers blocks and a hand-written one."""
+"""Captured MoE graphs for tests of the passes, and what tests do with them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -194,38 +194,3 @@ def relative_error(expected: Any, found: Any) -> float:
 
 def op_names(module: GraphModule) -> list[str]:
     return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
-
-
-# -- a grouped MoE forward by hand -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Weights of a small MoE layer: router ``[E, H]``, gate_up ``[E, H, 2N]``, down ``[E, N, H]``."""
-
-    router: Tensor
-    gate_up: Tensor
-    down: Tensor
-    top_k: int = 2
-
-    @property
-    def num_experts(self) -> int:
-        return self.router.shape[0]
-
-    def with_(self, **changes: Any) -> Experts:
-        return replace(self, **changes)
-
-
-def experts(num_experts: int = 8, hidden: int = 32, width: int = 16, top_k: int = 2) -> Experts:
-    generator = torch.Generator().manual_seed(0)
-
-    def parameter(*sizes: int) -> nn.Parameter:
-        values = torch.randn(sizes, generator=generator) / sizes[-2] ** 0.5
-        return nn.Parameter(values)
-
-    return Experts(
-        nn.Parameter(torch.randn((num_experts, hidden), generator=generator)),
-        parameter(num_experts, hidden, 2 * width),
-        parameter(num_experts, width, hidden),
-        top_k,
-    )

@@ -438,7 +438,7 @@ class RowsMixedByAReshape(Grouped):
 
 
 class RowsShifted(Grouped):
-    """no rule for aten.roll|aten.roll.default is not known to keep rows apart"""
+    """aten.roll.default is not known to keep rows apart"""
 
     def between(self, rows: Tensor, weights: Tensor) -> Tensor:
         return super().between(rows, weights).roll(1, 0)
@@ -452,7 +452,7 @@ class ExpertRowsEscape(Grouped):
 
 
 class HiddenRowsEscape(Grouped):
-    """the experts' rows are also read by"""
+    """the experts' rows are also read by abs"""
 
     def between(self, rows: Tensor, weights: Tensor) -> Tensor:
         hidden = super().between(rows, weights)
@@ -521,7 +521,7 @@ class SlotsAveraged(Grouped):
 
 
 class SlotsFirst(Grouped):
-    """mixes rows|no rule"""
+    """mixes rows"""
 
     def combine(self, rows: Tensor, x: Tensor) -> Tensor:
         return rows.view(self.top_k, x.shape[0], self.hidden).sum(dim=0)
@@ -571,7 +571,7 @@ class TopScoresOnly(Grouped):
 
 
 class ProductKeyMemory(Grouped):
-    """never bring tokens to experts|no rule for|which does not have 8 entries"""
+    """the selected indices never bring tokens to experts"""
 
     def forward(self, x: Tensor) -> Any:
         left, right = x.chunk(2, dim=-1)
@@ -589,7 +589,7 @@ class ProductKeyMemory(Grouped):
 
 
 class TablesOfAnotherSize(Grouped):
-    """expert ids select from arg|which does not have 8 entries along its first dim"""
+    """expert ids select from"""
 
     num_tables = 12
 
@@ -601,7 +601,7 @@ class TablesOfAnotherSize(Grouped):
 
 
 class BiasTableOfAnotherSize(Grouped):
-    """which does not have 8 entries along its first dim|varies from row to row"""
+    """expert ids select from|varies from row to row"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -617,7 +617,7 @@ class BiasTableOfAnotherSize(Grouped):
 
 
 class NoExpert(Grouped):
-    """token rows are summed without having met an expert|not the experts' result"""
+    """the weighted rows are not the experts' result"""
 
     def forward(self, x: Tensor) -> Any:
         weights, ids = self.select(self.scores(x))
@@ -647,11 +647,11 @@ class BiasAfterTheWeights(Grouped):
 
 
 class IdsOfTwoSelections(Grouped):
-    """expected one matrix of expert ids|no rule|meet"""
+    """expected one matrix of expert ids that dispatches rows"""
 
     def forward(self, x: Tensor) -> Any:
         weights, ids = self.select(self.scores(x))
-        expert_ids, perm = self.sort(ids.reshape(-1))
+        perm = self.sort(ids.reshape(-1))[1]
         others = (self.num_experts - 1 - ids).reshape(-1)
         offsets = self.offsets(self.counts(others))
         out = self.grouped(self.dispatch(x, perm, weights), self.gate_up, offsets)
@@ -660,7 +660,7 @@ class IdsOfTwoSelections(Grouped):
 
 
 class Dropout(Grouped):
-    """no rule|not known to keep rows apart"""
+    """aten.dropout.default is not known to keep rows apart"""
 
     def between(self, rows: Tensor, weights: Tensor) -> Tensor:
         return F.dropout(super().between(rows, weights), 0.5, training=True)
