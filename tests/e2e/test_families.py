@@ -39,8 +39,18 @@ def test_explain_finds_every_layer_with_its_fields(
         assert f"/{expected.name}/modeling_{expected.name}.py:" in region.source
 
 
-@pytest.mark.parametrize("program", ["replicated", "gathered"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+PROGRAMS = [
+    pytest.param(dtype, program, marks=[pytest.mark.slow] if slow else [])
+    for dtype, program, slow in (
+        (torch.float32, "replicated", False),
+        (torch.float32, "gathered", False),
+        (torch.bfloat16, "replicated", True),
+        (torch.bfloat16, "gathered", False),
+    )
+]
+
+
+@pytest.mark.parametrize(("dtype", "program"), PROGRAMS, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_what_eager_gives(
