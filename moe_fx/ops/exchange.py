@@ -5,7 +5,8 @@ rows. Two invariants hold by construction, under any compiler:
 
 1. *The sent buffer is not reused before the wait*: ``wait`` takes the sent rows as an argument, so
    they are alive until it has run. (Both ops take any layout: to ops that fix it, Inductor would
-   give each its own copy of rows it has not stored yet, and the sent copy would be free at once. ``wait`` checks that it was given the buffer that is being sent.)
+   give each its own copy of rows it has not stored yet, and the sent copy would be free at once.
+   ``wait`` checks that it was given the buffer that is being sent.)
 2. *The received buffer is not read before the wait*: it is not in the graph before; ``wait`` is the
    op that returns it, so no view, fusion or early read of it can exist.
 

@@ -39,19 +39,23 @@ def test_explain_finds_every_layer_with_its_fields(
         assert f"/{expected.name}/modeling_{expected.name}.py:" in region.source
 
 
-PROGRAMS = [
-    pytest.param(dtype, program, marks=[pytest.mark.slow] if slow else [])
-    for dtype, program, slow in (
-        (torch.float32, "replicated", False),
-        (torch.float32, "gathered", False),
-        (torch.bfloat16, "replicated", True),
-        (torch.bfloat16, "gathered", False),
+# bf16 differs in the grouped matmul only: the rest of its cases runs with the slow tests.
+CASES = [
+    pytest.param(
+        impl,
+        dtype,
+        program,
+        marks=[]
+        if dtype == torch.float32 or (impl, program) == ("grouped_mm", "gathered")
+        else [pytest.mark.slow],
     )
+    for impl in IMPLEMENTATIONS
+    for dtype in DTYPES
+    for program in ("replicated", "gathered")
 ]
 
 
-@pytest.mark.parametrize(("dtype", "program"), PROGRAMS, ids=str)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("impl", "dtype", "program"), CASES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_what_eager_gives(
     ranks2: RankPool, family: str, impl: str, dtype: torch.dtype, program: str
