@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,10 +97,21 @@ def tokens(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
     return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+class _Captured(Exception):
+    """Ends the call of a compiled model that is not to run."""
+
+
 def captured(
-    model: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = False,
+    execute: bool = True,
+    **kwargs: Any,
 ) -> Captured:
-    """The one graph of ``model(*args)``, through Dynamo and `moe_fx.capture`."""
+    """The one graph of ``model(*args)``, through Dynamo and `moe_fx.capture`.
+
+    ``execute=False`` keeps the graph from running: for weights that are never to be touched.
+    """
     found: list[Captured] = []
 
     def record(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -107,12 +119,14 @@ def captured(
 
         def run(*values: Any) -> Any:  # these are concrete where ``inputs`` may be symbols
             found.append(Captured(module, traced, list(values)))
+            if not execute:
+                raise _Captured
             return module.forward(*values)
 
         return run
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(_Captured):
         torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
     torch._dynamo.reset()
     (only,) = found

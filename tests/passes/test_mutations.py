@@ -43,6 +43,8 @@ CASES = (
     ("gpt_oss", "grouped_mm"),
 )
 
+LIMIT = 90  # changes to each graph; all of them, over a thousand, take a minute and a half
+
 Change = Callable[[Graph, Node], None]
 
 
@@ -349,21 +351,22 @@ def test_structure_alone_accepts_no_changed_graph_as_another_program(
     case = case_of(family, form)
     every = list(mutations(case.module))
     chosen = [m for m in every if "reads" not in m.label]
-    chosen += [m for m in every if "reads" in m.label][::12]
+    chosen += [m for m in every if "reads" in m.label][::4]
+    chosen = chosen[:: max(1, len(chosen) // LIMIT)]
     outcomes = table(case, chosen, verify="off")
     assert wrong(outcomes) == {}
     counts = Counter(outcomes.values())
-    assert counts["equal"] + counts["declined"] >= 100
-    assert counts["declined"] >= 25
+    assert counts["equal"] + counts["declined"] >= 60
+    assert counts["declined"] >= 20
 
 
 @pytest.mark.parametrize(("family", "form"), [("gpt_oss", "grouped_mm")])
 def test_verification_accepts_no_changed_graph_as_another_program(family: str, form: str) -> None:
     case = case_of(family, form)
-    chosen = [m for m in mutations(case.module) if "reads" not in m.label][::2]
+    chosen = [m for m in mutations(case.module) if "reads" not in m.label][::4]
     outcomes = table(case, chosen, verify="compile")
     assert wrong(outcomes) == {}
-    assert Counter(outcomes.values())["equal"] >= 20
+    assert Counter(outcomes.values())["equal"] >= 15
 
 
 EXPECTED = {
@@ -402,7 +405,6 @@ EXPECTED = {
     "index_2: reads getitem_3 for index_put": "declined",
     "sum_2: largest": "declined",
     "sum_2: other dim": "invalid",
-    "view_4: first two sizes swapped": "declined",
 }
 
 
