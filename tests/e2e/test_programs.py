@@ -105,7 +105,9 @@ def every_count(rank: int, impl: str, base: str) -> tuple[list[float], int]:
     return block_errors(rank, counts, impl=impl, unbacked=True, dynamic=True, base=base)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
 def test_dynamic_model_compiles_once_and_never_more_than_capture(
     ranks2: RankPool, family: str
 ) -> None:
