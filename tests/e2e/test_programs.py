@@ -35,8 +35,10 @@ def compare_training(rank: int, family: str, impl: str, program: str, base: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["replicated", "gathered"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "program"), [("qwen3_moe", "gathered"), ("gpt_oss", "replicated")]
+)
 def test_inductor_trains_like_eager(ranks2: RankPool, family: str, program: str) -> None:
     results = ranks2.run(compare_training, family, "batched_mm", program, "inductor", timeout=600)
     for result in results:
@@ -92,6 +94,7 @@ def default_compile(rank: int, base: str) -> tuple[list[float], int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_inductor_graph_serves_every_token_count(ranks2: RankPool) -> None:
     for errors, graphs in ranks2.run(every_count, "grouped_mm", "inductor", timeout=400):
         assert max(errors) <= EXACT
