@@ -43,7 +43,7 @@ CASES = (
     ("gpt_oss", "grouped_mm"),
 )
 
-LIMIT = 90  # changes to each graph; all of them, over a thousand, take a minute and a half
+LIMIT = 60  # changes to each graph; all of them, over a thousand, take a minute and a half
 
 Change = Callable[[Graph, Node], None]
 
@@ -356,8 +356,8 @@ def test_structure_alone_accepts_no_changed_graph_as_another_program(
     outcomes = table(case, chosen, verify="off")
     assert wrong(outcomes) == {}
     counts = Counter(outcomes.values())
-    assert counts["equal"] + counts["declined"] >= 60
-    assert counts["declined"] >= 20
+    assert counts["equal"] + counts["declined"] >= 45
+    assert counts["declined"] >= 15
 
 
 @pytest.mark.parametrize(("family", "form"), [("gpt_oss", "grouped_mm")])
