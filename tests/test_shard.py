@@ -688,14 +688,15 @@ def watch(patch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def check_loaded(model: nn.Module, stored: Path) -> None:
-    """The model is sharded, holds its shard and no more, and computes what the whole one does."""
+    """The model is sharded, holds its shard and no more, and computes what the whole one does (up to
+    rounding: where a memory-mapped tensor starts decides which kernel multiplies it)."""
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(stored)
     tokens = own_tokens()
     with torch.no_grad():
         difference = model(tokens).logits - whole(tokens).logits
-    assert not difference.any()
+    assert difference.abs().max() < 1e-5
     assert sharded_names(model) == {n for n, _ in whole.named_parameters() if ".experts." in n}
     for slot in slots(model):
         if slot.unshard is not None:
