@@ -688,8 +688,8 @@ def watch(patch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def check_loaded(model: nn.Module, stored: Path) -> None:
-    """The model is sharded, holds its shard and no more, and computes what the whole one does, up to
-    rounding (where a memory-mapped tensor starts decides which kernel multiplies it)."""
+    """The model is sharded, holds its shard and no more, and computes what the whole one does, up
+    to rounding (where a memory-mapped tensor starts decides which kernel multiplies it)."""
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(stored)
