@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
-from moe_fx.capture import capture, may_select_experts
+from moe_fx.capture import capture
 from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
 log = logging.getLogger("moe_fx")

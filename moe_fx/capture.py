@@ -16,22 +16,6 @@ from torch.fx import GraphModule, Node
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
 
-_SELECTIONS = ("topk",)
-
-
-def may_select_experts(module: GraphModule) -> bool:
-    """Cheap test on Dynamo's graph: is there any selection an MoE layer could start from?"""
-    return any(
-        getattr(node.target, "__name__", str(node.target)) in _SELECTIONS
-        for graph in _graphs(module)
-        for node in graph.graph.nodes
-        if node.op in ("call_function", "call_method")
-    )
-
-
-def _graphs(module: GraphModule) -> list[GraphModule]:
-    return [m for m in module.modules() if isinstance(m, GraphModule)]
-
 
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """``module`` as a functional ATen graph with the same inputs and outputs.

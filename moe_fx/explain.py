@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule
 
 import moe_fx.passes as passes
-from moe_fx.capture import capture, may_select_experts
+from moe_fx.capture import capture
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
 
