@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
-from moe_fx.capture import capture
+from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
@@ -63,7 +63,12 @@ def rewrite(
     if not may_select_experts(module):
         report.graphs += 1
         return module
-    captured = capture(module, example_inputs)
+    try:
+        captured = capture(module, example_inputs)
+    except NotFunctional as obstacle:
+        report.declined.append(obstacle.declined)
+        report.graphs += 1
+        return module
     context = passes.Context(options=options, report=report, group=options.ep_group)
     result = passes.run(captured, context)
     return module if result is captured else result

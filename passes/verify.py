@@ -16,7 +16,7 @@ experts. Equal regions (same graph, shapes and plan) are verified once, unless `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -109,11 +109,7 @@ def _trials(
     base = _token_count(region)
     tables = _tables(alone, region, plan, generator)
     experts = region.num_experts
-    routings = {
-        "random routing": lambda n: torch.rand(n, experts, generator=generator).argsort(1),
-        "all tokens to one expert": lambda n: torch.full((n, experts), experts - 1),
-        "only the first experts": lambda n: torch.arange(experts).repeat(n, 1),
-    }
+    routings = _routings(region, generator)
     for what, routing in routings.items():
         counts = [
             choose_token_count(
@@ -131,6 +127,27 @@ def _trials(
         )
 
 
+def _routings(region: Region, generator: torch.Generator) -> dict[str, Callable[[int], Tensor]]:
+    """Adversarial ids ``[T, K]`` by number of tokens, such as the region's router can select: an
+    expert comes up twice for a token only if the router may do that."""
+    experts, k = region.num_experts, region.top_k
+    routings: dict[str, Callable[[int], Tensor]] = {}
+    if k <= experts:
+        routings |= {
+            "random routing": lambda n: torch.rand(n, experts, generator=generator).argsort(1)[
+                :, :k
+            ],
+            "only the last experts": lambda n: torch.arange(experts).flip(0)[:k].repeat(n, 1),
+            "only the first experts": lambda n: torch.arange(experts)[:k].repeat(n, 1),
+        }
+    if not region.parts.distinct:
+        routings |= {
+            "repeated experts": lambda n: torch.randint(experts, (n, k), generator=generator),
+            "all tokens to one expert": lambda n: torch.full((n, k), experts - 1),
+        }
+    return routings
+
+
 def _rank_inputs(
     alone: Extract,
     region: Region,
@@ -138,7 +155,7 @@ def _rank_inputs(
     tables: dict[Node, Tensor],
     rank: int,
     count: TokenCount,
-    routing: Any,
+    routing: Callable[[int], Tensor],
     generator: torch.Generator,
 ) -> list[Any]:
     parts = region.parts
@@ -147,8 +164,7 @@ def _rank_inputs(
     for original in alone.inputs:
         node = alone.copies[original]
         if node is parts.ids:
-            chosen = routing(count.wanted)[:, : region.top_k]
-            inputs.append(chosen.contiguous().to(value(node).dtype))
+            inputs.append(routing(count.wanted).contiguous().to(value(node).dtype))
         elif node in shards:
             inputs.append(tables[node].chunk(plan.world_size)[rank])
         elif node in tables:
