@@ -336,14 +336,16 @@ class _Trace:
     # -- what came of it -----------------------------------------------------------------------
 
     def anchors(self) -> list[Anchor]:
-        found: dict[int, Anchor] = {}
-        for selector, dispatch in self.dispatches.items():
-            if id(dispatch) not in found and self._is_candidate(selector, dispatch):
-                found[id(dispatch)] = self._anchor(dispatch)
-        dispatching = {s for anchor in found.values() for s in anchor.selectors}
-        single = [n for n in self.order if n not in dispatching and n.target is aten.topk.default]
-        inner = _upstream([*dispatching, *single]) - dispatching
-        anchors = [*found.values(), *(Anchor(n, (n,)) for n in single if n not in inner)]
+        dispatches = {id(d): d for s, d in self.dispatches.items() if self._is_candidate(s, d)}
+        seen = {s for dispatch in dispatches.values() for s in dispatch.selectors}
+        single = [n for n in self.order if n not in seen and n.target is aten.topk.default]
+        inner = _upstream([*seen, *single])
+        anchors = [
+            self._anchor(dispatch)
+            for dispatch in dispatches.values()
+            if dispatch.certain or not dispatch.selectors <= inner
+        ]
+        anchors += [Anchor(node, (node,)) for node in single if node not in inner]
         return sorted(anchors, key=lambda anchor: self.order[anchor.node])
 
     def _is_candidate(self, selector: Node, dispatch: _Dispatch) -> bool:

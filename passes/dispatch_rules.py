@@ -209,7 +209,7 @@ class DispatchRules(RoleMap):
     def _matrix(self, source: Node, reader: Node) -> Node:
         """``source`` as ``[T, K]``: where it has other dims, a view put between it and ``reader``
         (in the graph; it changes no value)."""
-        if len(shape(source)) == 2:
+        if len(shape(source)) == 2 and self._leads(source, self.selection.num_tokens):
             return source
         sizes = [-1, self.selection.top_k]
         with source.graph.inserting_before(reader):
@@ -220,9 +220,12 @@ class DispatchRules(RoleMap):
         return matrix
 
     def _unflatten(self, node: Node) -> Role | None:
-        """``[S] -> [T, K]``: expert ids back in the router's domain."""
+        """``[S] -> [T, K]``: expert ids back in the router's domain; or ``[S]`` as it is."""
         if node.target not in (*VIEWS, aten.unsqueeze.default, aten.unflatten.int):
             return None
         role = self.get(node.args[0])
-        back = isinstance(role, PairIds) and role.order == "pair" and len(shape(node)) > 1
-        return PerToken() if back and self._is_per_pair(node) else None
+        if not isinstance(role, PairIds):
+            return None
+        if len(shape(node)) == 1:
+            return role
+        return PerToken() if role.order == "pair" and self._is_per_pair(node) else None
