@@ -35,7 +35,7 @@ from moe_fx.passes.roles import (
     value,
 )
 from moe_fx.passes.scores import Sample, Unfit, fit
-from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
+from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, scalar
 from moe_fx.region import Parts, Router
 
 aten = torch.ops.aten
@@ -143,7 +143,8 @@ class _Captured:
         logits = values[self.logits]
         if not self._selects_by_topk:
             center, spread = _NEAR_TIES
-            logits.mul_(spread).add_(center)
+            logits = logits * spread + center
+        logits = logits / self.logit_scale
         flat = logits.reshape(-1, logits.shape[-1])
         if winners_from is not None:
             rows = torch.arange(flat.shape[0])
@@ -164,7 +165,7 @@ class _Captured:
             logit_scale=self.logit_scale,
             groups=self.groups,
             thresholds=tuple(
-                argument(n, 1, "other") for n in self.inner if n.target is aten.gt.Scalar
+                t for n in self.inner if n.target is aten.gt.Scalar and (t := _number(n.args[1]))
             ),
             weights=None if weights is None else weights.reshape(-1, self.selection.top_k),
             ids=ids.reshape(-1, self.selection.top_k).long(),
@@ -269,11 +270,19 @@ def _scaled(logits: Node, inner: list[Node]) -> tuple[Node, float]:
         if len(readers) != 1:
             return logits, 1.0
         (reader,) = readers
-        if reader.target in _FACTORS and isinstance(reader.args[1], (int, float)):
-            return logits, float(_FACTORS[reader.target](1.0, reader.args[1]))
+        if reader.target in _FACTORS:
+            number = _number(reader.args[1])
+            return logits, float(_FACTORS[reader.target](1.0, number)) if number else 1.0
         if reader.target not in ELEMENTWISE_COPIES:
             return logits, 1.0
         node = reader
+
+
+def _number(argument: Any) -> float | None:
+    """A constant of the graph. Under ``dynamic=True`` the model's floats are nodes."""
+    if isinstance(argument, Node) and isinstance(value(argument), torch.SymFloat):
+        return float(scalar(argument))
+    return float(argument) if isinstance(argument, (int, float)) else None
 
 
 def _groups(selection: Selection, inner: list[Node]) -> tuple[int, int, str]:

@@ -154,12 +154,13 @@ def _scored(
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(score, scores of the selected, scores of the columns that can't be selected)."""
     logits = sample.logits.float()
-    names = [router.score, *SCORES] if router.selection == "topk" else list(SCORES)
     columns = selection.columns or logits.shape[1]
-    for name in dict.fromkeys(names):
+    free = router.score == "logits" or not _depends_on_score(router)
+    for name in SCORES if free else (router.score,):
         scores = SCORES[name](logits)
         yield name, scores.gather(1, sample.ids), scores[:, columns:]
-    yield "topk_softmax", logits.gather(1, sample.ids).softmax(-1), None
+    if free:
+        yield "topk_softmax", logits.gather(1, sample.ids).softmax(-1), None
 
 
 def _scaled(
@@ -185,13 +186,12 @@ def _scaled(
             scale = float(theirs.sum() / mine.sum())
             if not _close(sample, mine * scale):
                 continue
-            other = not selection.looked_up and _selects_otherwise(name, router)
             yield replace(
                 router,
                 score="softmax" if after_topk else name,
                 renormalise=renormalise or after_topk,
                 softmax_after_topk=after_topk,
-                select_on_logits=other,
+                select_on_logits=_depends_on_score(router) and name != router.score,
                 expert_scale=expert_scale is not None,
                 learned_scale=learned != 1.0,
                 zero_experts=zero,
@@ -201,10 +201,9 @@ def _scaled(
             return
 
 
-def _selects_otherwise(name: str, router: Router) -> bool:
-    """A bias is added to the logits, and the score function only acts on the selected ones. Without
-    a bias the order is the same."""
-    return router.select_bias and name not in (router.score, "topk_softmax")
+def _depends_on_score(router: Router) -> bool:
+    """Without bias and groups every score function selects the same experts."""
+    return router.select_bias or router.num_groups > 1
 
 
 def _rounded(scale: float, dtype: torch.dtype) -> float:
