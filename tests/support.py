@@ -7,8 +7,7 @@ replicated weights, other tokens on each rank) and compared with eager.
 
 from __future__ import annotations
 
-import contextlib
-import os
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,9 @@ def cases() -> list[Case]:
 
 def outcomes(rank: int, batch: list[Case]) -> list[Outcome]:
     """On a rank: each case, compiled and compared."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), torch.no_grad():
+    transformers.logging.set_verbosity_error()
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    with torch.no_grad():
         return [_outcome(rank, case) for case in batch]
 
 
