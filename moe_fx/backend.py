@@ -87,7 +87,7 @@ def _check_strict(report: Report) -> None:
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
         raise NothingMatched(
             f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
-            f"candidate was: {found or 'the graph selects no experts with a top-k'}. Use "
+            f"candidate was: {found or 'the graph selects no experts'}. Use "
             "moe_fx.explain(model, *args) to see each candidate, or strict=False to run what did "
             "not match as it is."
         )

@@ -178,7 +178,7 @@ def _selected(anchor: Anchor) -> Any:
     """K: the last dim of the ids' matrix. A vector of ids is one of K = 1."""
     node = anchor.ids if anchor.ids is not None and not _is_one_topk(anchor) else anchor.node
     if node.target is aten.topk.default:
-        return node.args[1]
+        return argument(node, 1, "k")
     if node.target not in SELECTS and node is anchor.node and not is_lookup_of_ids(node):
         return 1
     dims = shape(node)

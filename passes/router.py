@@ -16,7 +16,7 @@ Rejects (`Refusal`): ids that were changed after the selection and are not alway
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def _recognise(selection: Selection, parts: Parts, captured: _Captured) -> Route
     if not selection.exact:
         _check_ids(selection, parts, captured)
     try:
-        return fit(captured.sample(), selection)
+        return fit(captured.samples(), selection)
     except Unfit as unfit:
         return Router(note=str(unfit))
 
@@ -129,15 +129,29 @@ class _Captured:
     groups: tuple[int, int, str]
     has_weights: bool
 
-    def sample(self, winners_from: int | None = None) -> Sample:
-        """Weights and ids for random logits; token ``i`` prefers column ``winners_from + i``."""
+    def samples(self) -> Sample:
+        """`sample` of at least `_NUM_TOKENS` tokens, also where the graph is for fewer."""
+        rounds = -(-_NUM_TOKENS // self.tokens.wanted)
+        found = [self.sample(seed=seed) for seed in range(1, 1 + rounds)]
+        weights = [sample.weights for sample in found if sample.weights is not None]
+        return replace(
+            found[0],
+            logits=torch.cat([sample.logits for sample in found]),
+            weights=torch.cat(weights) if weights else None,
+            ids=torch.cat([sample.ids for sample in found]),
+        )
+
+    def sample(self, winners_from: int | None = None, seed: int = 1) -> Sample:
+        """Weights and ids for random logits; token ``i`` prefers column ``winners_from + i``. The
+        logits and ids that come from outside depend on ``seed``."""
         generator = torch.Generator().manual_seed(0)
+        varying = torch.Generator().manual_seed(seed)
         values: dict[Node, Any] = {}
         for node in self.alone.inputs:
             values[node] = example(
                 node,
                 self.tokens,
-                generator,
+                varying if node is self.logits else generator,
                 per_token=node in (self.logits, self.selection.node) and self._resizable,
             )
         logits = values[self.logits]
@@ -155,7 +169,7 @@ class _Captured:
         for node in self.learned_scales:
             values[node] = torch.full_like(values[node], 1.25)
         if self.selection.looked_up:
-            values[self.selection.node] = self._random_ids(values[self.selection.node], generator)
+            values[self.selection.node] = self._random_ids(values[self.selection.node], varying)
         weights, ids = self._run([values[node] for node in self.alone.inputs])
         return Sample(
             logits=flat * self.logit_scale,

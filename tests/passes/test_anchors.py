@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_fx
-from moe_fx.passes.anchors import find_anchors
+from moe_fx.passes.anchors import find_anchors, select
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.region import Region, Router
+from tests.families import build, inputs
 from tests.passes.graphs import (
     Captured,
     block,
@@ -203,6 +204,21 @@ def test_selections_of_groups_and_of_experts_are_one_router() -> None:
     assert [n.args[1] for n in anchor.selectors] == [2]
     topk = torch.ops.aten.topk.default
     assert len(graph.find_nodes(op="call_function", target=topk)) == 3
+
+
+@pytest.mark.parametrize(
+    ("label", "experts", "top_k"),
+    [("llama4", 8, 2), ("doge", 16, 2), ("vitpose_backbone", 4, 1)],
+)
+def test_selections_of_dense_forms(label: str, experts: int, top_k: int) -> None:
+    """Dense masks, a product-key memory, and experts by an id that comes from outside."""
+    module, _ = build(label)
+    case = captured(module, *inputs(label))
+    assert may_select_experts(case.dynamo)
+    (anchor,) = find_anchors(copy_graph(case.module).graph)
+    selection = select(anchor)
+    assert (selection.num_experts, selection.top_k) == (experts, top_k)
+    assert anchor.certain == (label != "vitpose_backbone")
 
 
 # -- not found -------------------------------------------------------------------------------------

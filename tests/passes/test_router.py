@@ -177,6 +177,11 @@ def test_fields_are_found_in_a_dynamic_graph(layer: type[Grouped]) -> None:
     assert router_of(captured(layer(), tokens(12, 32), dynamic=True)) == TEMPLATES[layer]
 
 
+@pytest.mark.parametrize("layer", [SoftmaxRenormalised, Biased, BiasedSigmoid])
+def test_fields_are_found_in_a_graph_for_one_token(layer: type[Grouped]) -> None:
+    assert router_of(captured(layer(), tokens(1, 32))) == TEMPLATES[layer]
+
+
 # -- of real models --------------------------------------------------------------------------------
 
 _DEEPSEEK = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2}
