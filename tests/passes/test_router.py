@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_fx.passes import router
 from moe_fx.region import Router
 from tests.passes.graphs import (
     Captured,
@@ -291,3 +292,39 @@ def test_an_odd_router_is_custom_and_its_layer_rewritten_all_the_same(
 
 def test_a_router_of_two_layers_is_named_by_its_last() -> None:
     assert router_of(captured(TwoLayerRouter(), tokens(12, 32))) == SOFTMAX
+
+
+# -- equal layers ----------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "fits"),
+    [((Biased, Biased, Biased), 1), ((Softmax, SoftmaxScaled, Softmax), 2)],
+)
+def test_equal_routers_are_fitted_once(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[type[Grouped], ...], fits: int
+) -> None:
+    fitted: list[Router] = []
+    original = router.fit
+
+    def counting(*args: Any) -> Router:
+        fitted.append(original(*args))
+        return fitted[-1]
+
+    monkeypatch.setattr(router, "fit", counting)
+    case = captured(Layers(*(layer() for layer in layers)), tokens(12, 32))
+    graphs, report = rewritten_on_ranks(case.module, 1)
+    assert graphs is not None
+    assert [region.router for region in report.regions] == [TEMPLATES[layer] for layer in layers]
+    assert len(fitted) == fits
