@@ -21,6 +21,7 @@ from tests.passes.graphs import (
     block,
     captured,
     relative_error,
+    rewritten,
     rewritten_on_ranks,
     run_ranks,
     tokens,
@@ -268,8 +269,9 @@ NOT_FOUND = (
 
 @pytest.mark.parametrize("layer", NOT_FOUND, ids=lambda layer: layer.__name__)
 def test_indices_that_dispatch_nothing_are_no_candidate(layer: type[Grouped]) -> None:
-    report = moe_fx.explain(layer(), tokens(12, 32))
-    assert (report.regions, report.declined) == ([], [])
+    case = captured(layer(), tokens(12, 32))
+    for report in (moe_fx.explain(layer(), tokens(12, 32)), rewritten(case.module)[1]):
+        assert (report.regions, report.declined) == ([], [])
 
 
 @pytest.mark.parametrize("layer", [GreedyDecoding, LastTokenPooling, RelativePosition])
