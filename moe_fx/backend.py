@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
-from moe_fx.capture import capture, may_select_experts
+from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
 log = logging.getLogger("moe_fx")
@@ -62,7 +63,12 @@ def rewrite(
     if not may_select_experts(module):
         report.graphs += 1
         return module
-    captured = capture(module, example_inputs)
+    try:
+        captured = capture(module, example_inputs)
+    except NotFunctional as obstacle:
+        report.declined.append(obstacle.declined)
+        report.graphs += 1
+        return module
     context = passes.Context(options=options, report=report, group=options.ep_group)
     result = passes.run(captured, context)
     return module if result is captured else result
@@ -81,7 +87,7 @@ def _check_strict(report: Report) -> None:
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
         raise NothingMatched(
             f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
-            f"candidate was: {found or 'the graph selects no experts with a top-k'}. Use "
+            f"candidate was: {found or 'the graph selects no experts'}. Use "
             "moe_fx.explain(model, *args) to see each candidate, or strict=False to run what did "
             "not match as it is."
         )

@@ -15,30 +15,18 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
+from moe_fx.region import Declined, source_of
 
-_SELECTIONS = ("topk",)
-
-
-def may_select_experts(module: GraphModule) -> bool:
-    """Cheap test on Dynamo's graph: is there any selection an MoE layer could start from?"""
-    return any(
-        getattr(node.target, "__name__", str(node.target)) in _SELECTIONS
-        for graph in _graphs(module)
-        for node in graph.graph.nodes
-        if node.op in ("call_function", "call_method")
-    )
-
-
-def _graphs(module: GraphModule) -> list[GraphModule]:
-    return [m for m in module.modules() if isinstance(m, GraphModule)]
+_STORAGE_OPS = (torch.Tensor.set_, "set_")
 
 
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """``module`` as a functional ATen graph with the same inputs and outputs.
 
     Where the model mutates an input in place (a key-value cache), the mutation is written back at
-    the end of the graph.
+    the end of the graph. Raises `NotFunctional` for what has no functional form.
     """
+    _check_functional(module)
     module, hidden = hide(module)
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
@@ -48,6 +36,23 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     if mutated:
         _write_back(graph_module, mutated)
     return graph_module
+
+
+class NotFunctional(Exception):
+    """The graph can't be made functional; ``declined`` says where and why."""
+
+    def __init__(self, declined: Declined) -> None:
+        super().__init__(declined.reason)
+        self.declined = declined
+
+
+def _check_functional(module: GraphModule) -> None:
+    """``module.to(dtype)`` within a forward gives a parameter other storage (Switch Transformers):
+    AOT has no functional form of that."""
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "call_method") and node.target in _STORAGE_OPS:
+            reason = "the graph gives a parameter other storage (Tensor.set_), as module.to() does"
+            raise NotFunctional(Declined(reason, node.name, source_of(node)))
 
 
 def _note_scalars(module: GraphModule, inputs: Sequence[Any]) -> None:

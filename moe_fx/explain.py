@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule
 
 import moe_fx.passes as passes
-from moe_fx.capture import capture, may_select_experts
+from moe_fx.capture import NotFunctional, capture
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
 
@@ -31,11 +32,17 @@ def explain(
     report = Report()
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if may_select_experts(module):
-            context = passes.Context(options=parsed, report=report, group=parsed.ep_group)
-            passes.run(capture(module, example_inputs), context, passes.ANALYSIS)
-        else:
+        if not may_select_experts(module):
             report.graphs += 1
+            return module.forward
+        try:
+            captured = capture(module, example_inputs)
+        except NotFunctional as obstacle:
+            report.declined.append(obstacle.declined)
+            report.graphs += 1
+            return module.forward
+        context = passes.Context(options=parsed, report=report, group=parsed.ep_group)
+        passes.run(captured, context, passes.ANALYSIS)
         return module.forward
 
     torch._dynamo.reset()

@@ -25,14 +25,22 @@ def source_of(node: Node) -> str:
 class Router:
     """How tokens are scored and experts selected.
 
-    score: "softmax", "sigmoid" or "custom" (the scores could not be reproduced; the router is kept
-        as captured either way).
+    score: what weighs an expert: "softmax", "sigmoid", "softplus_sqrt", "softplus", "logits",
+        "sparsemixer" (Phi-3.5-MoE) or "custom" (``note`` says why; the router is kept as captured
+        either way).
+    selection: "topk", or "lookup" (expert ids come from a table of token ids or from outside).
     select_bias: a per-expert bias moves the selection but not the weights (DeepSeek-V3).
+    select_on_logits: that bias is added to the logits, and only the selected are scored.
     num_groups, topk_group: experts are selected from the ``topk_group`` best of ``num_groups``.
-    renormalise: the K weights of a token add up to one (before ``scale``).
-    scale: factor on the weights (``routed_scaling_factor``).
+    renormalise: the K weights of a token add up to one (before ``scale``); together with those of
+        ``shared_columns`` shared experts, if there are any among the logits (Inkling).
+    scale: factor on the weights (``routed_scaling_factor``); learned_scale: times a parameter;
+        expert_scale: times a parameter of the expert's (Gemma 4).
+    logit_scale: factor on the logits.
     softmax_after_topk: the softmax runs over the K selected logits (GPT-OSS, Granite).
+    zero_experts: columns of the scores that stand for no expert; selecting one adds nothing.
     verified: the fields reproduced the captured weights and ids on random logits.
+    note: why the score is "custom".
     """
 
     score: str = "custom"
@@ -43,6 +51,14 @@ class Router:
     scale: float = 1.0
     softmax_after_topk: bool = False
     verified: bool = False
+    selection: str = "topk"
+    select_on_logits: bool = False
+    learned_scale: bool = False
+    expert_scale: bool = False
+    logit_scale: float = 1.0
+    shared_columns: int = 0
+    zero_experts: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Parts:
     hold the token rows of the pairs, ``body`` is what happens to rows up to and with ``cut``, the
     experts' result, and ``post`` what happens from there on, where routing weights take part.
     tables: the per-expert tensors ``[E, ...]``; gathers: those of them that are all-gathered.
+    distinct: no token meets an expert twice.
     """
 
     select: Node
@@ -80,6 +97,7 @@ class Parts:
     tables: tuple[Node, ...]
     gathers: tuple[Gather, ...]
     roles: dict[Node, Any]
+    distinct: bool = True
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Report:
         if self.declined:
             console.print(self._declined_table())
         if not self.regions and not self.declined:
-            console.print("No MoE layer found: no graph selects experts with a top-k.")
+            console.print("No MoE layer found: no graph selects experts.")
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH)
@@ -115,14 +115,22 @@ def _region_dict(region: Region) -> dict[str, Any]:
 def _router_text(region: Region) -> str:
     router = region.router
     parts = [router.score]
+    if router.selection != "topk":
+        parts.append(f"by {router.selection}")
     if router.select_bias:
         parts.append("bias")
     if router.num_groups > 1:
         parts.append(f"groups {router.topk_group}/{router.num_groups}")
     if router.renormalise:
-        parts.append("renorm")
+        parts.append("renorm with shared" if router.shared_columns else "renorm")
     if router.scale != 1.0:
         parts.append(f"×{router.scale:g}")
+    if router.learned_scale:
+        parts.append("×learned")
+    if router.expert_scale:
+        parts.append("×expert's")
+    if router.zero_experts:
+        parts.append(f"{router.zero_experts} zero")
     return " ".join(parts)
 
 

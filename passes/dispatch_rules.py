@@ -192,7 +192,7 @@ class DispatchRules(RoleMap):
 
     def _flatten(self, node: Node) -> Role | None:
         """``[T, K] -> [S]``: from the router's domain to pairs."""
-        if node.target not in VIEWS and node.target is not aten.flatten.using_ints:
+        if node.target not in (*VIEWS, aten.flatten.using_ints, aten.squeeze.dim):
             return None
         source = node.args[0]
         role, dims = self.get(source), shape(node)
@@ -200,7 +200,32 @@ class DispatchRules(RoleMap):
             return None
         flat = len(dims) == 1 or (len(dims) == 2 and same(dims[1], 1) and self.selection.top_k > 1)
         if self._is_per_pair(source) and flat and self._leads(node, self.selection.num_pairs):
-            if is_integer(source):
-                return PairIds("pair", source) if len(dims) == 1 else None
-            return PairWeights("pair", source)
+            if is_integer(source) and len(dims) != 1:
+                return None
+            matrix = self._matrix(source, node)
+            return (PairIds if is_integer(source) else PairWeights)("pair", matrix)
         return None
+
+    def _matrix(self, source: Node, reader: Node) -> Node:
+        """``source`` as ``[T, K]``: where it has other dims, a view put between it and ``reader``
+        (in the graph; it changes no value)."""
+        if len(shape(source)) == 2 and self._leads(source, self.selection.num_tokens):
+            return source
+        sizes = [-1, self.selection.top_k]
+        with source.graph.inserting_before(reader):
+            matrix = source.graph.call_function(aten.view.default, (source, sizes))
+        matrix.meta = {**source.meta, "val": source.meta["val"].reshape(sizes)}
+        reader.replace_input_with(source, matrix)
+        self.of[matrix] = PerToken()
+        return matrix
+
+    def _unflatten(self, node: Node) -> Role | None:
+        """``[S] -> [T, K]``: expert ids back in the router's domain; or ``[S]`` as it is."""
+        if node.target not in (*VIEWS, aten.unsqueeze.default, aten.unflatten.int):
+            return None
+        role = self.get(node.args[0])
+        if not isinstance(role, PairIds):
+            return None
+        if len(shape(node)) == 1:
+            return role
+        return PerToken() if role.order == "pair" and self._is_per_pair(node) else None

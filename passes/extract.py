@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.roles import is_unary_rowwise
@@ -41,6 +42,25 @@ def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
     graph.output(tuple(copies[node] for node in outputs))
     module = GraphModule(torch.nn.Module(), graph)
     return Extract(module, tuple(outside), copies)
+
+
+def structure(alone: Extract) -> str:
+    """The same text for graphs that differ in names only: ops, constants, shapes and dtypes."""
+    numbers: dict[Node, int] = {}
+    lines = []
+    for node in alone.module.graph.nodes:
+        numbers[node] = len(numbers)
+        args = node.args if node.op != "placeholder" else ()
+        numbered = map_arg((args, node.kwargs), lambda n: f"%{numbers[n]}")
+        lines.append(f"{node.target if args or node.kwargs else node.op} {numbered} {_kind(node)}")
+    return "\n".join(lines)
+
+
+def _kind(node: Node) -> str:
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return f"{val.dtype} {tuple(val.shape)} {tuple(val.stride())} {val.device.type}"
+    return str(val) if isinstance(val, (torch.SymInt, int)) else type(val).__name__
 
 
 def table_chain(table: Node) -> list[Node]:

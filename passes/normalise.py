@@ -53,22 +53,25 @@ SPELLINGS: dict[Any, Callable[[Node], tuple[Any, tuple[Any, ...], dict[str, Any]
 
 
 def copy_graph(module: GraphModule) -> GraphModule:
+    return GraphModule(module, _copy(module.graph))
+
+
+def _copy(original: Graph) -> Graph:
     graph = Graph()
-    copied: Any = graph.graph_copy(module.graph, {}, return_output_node=True)
+    copied: Any = graph.graph_copy(original, {}, return_output_node=True)
     value, old_output = copied
     graph.output(value).meta = dict(old_output.meta)
-    return GraphModule(module, graph)
+    return graph
 
 
 class Normalise(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        copy = copy_graph(module)
-        for node in list(copy.graph.nodes):
+        graph = _copy(module.graph)
+        for node in list(graph.nodes):
             if node.target in _ASSERTIONS:
-                copy.graph.erase_node(node)
+                graph.erase_node(node)
             elif node.op == "call_function" and node.target in SPELLINGS:
                 spelling = SPELLINGS[node.target](node)
                 if spelling is not None:
                     node.target, node.args, node.kwargs = spelling
-        copy.recompile()
-        return PassResult(copy, changed=True)
+        return PassResult(GraphModule(module, graph), changed=True)

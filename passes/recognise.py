@@ -5,11 +5,11 @@ candidates. A region is returned only if every node on the way has a proven role
 
 Pseudo-code::
 
-    for each top-k node:
-        give roles to its users, in graph order, as long as a rule applies
+    for each anchor (`anchors.py`): the ops that select a router's experts
+        give roles to their users, in graph order, as long as a rule applies
         exactly one Combined -> the nodes it needs; check tokens, ids, cut, escapes -> Region
         otherwise            -> Declined with the refusal that got furthest
-    top-k nodes inside a region's router (group selection) are part of that region
+    anchors inside a region's router are part of that region
 
 Rejects: selections whose indices never dispatch rows; rows that mix; two results; expert rows read
 from outside; weights that enter before an expert matmul; tokens from two places.
@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch.fx import GraphModule, Node
 
+from moe_fx.passes.anchors import Anchor, find_anchors, select
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.gathers import gather_above
 from moe_fx.passes.names import activation_name, has_shared_expert
@@ -37,13 +38,13 @@ from moe_fx.passes.roles import (
     Rows,
     RowTable,
     Selection,
-    argument,
     is_grouped_matmul,
     shape,
     value,
 )
-from moe_fx.passes.router import recognise_router
+from moe_fx.passes.router import RouterCache, recognise_router
 from moe_fx.passes.rules import Roles
+from moe_fx.passes.selectors import may_select_experts
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten = torch.ops.aten
@@ -51,21 +52,19 @@ aten = torch.ops.aten
 
 class Recognise(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        position = {node: at for at, node in enumerate(module.graph.nodes)}
-        refusals: list[tuple[Node, Refusal]] = []
-        for node in module.graph.find_nodes(op="call_function", target=aten.topk.default):
+        routers: RouterCache = {}
+        refusals: list[tuple[Anchor, Refusal]] = []
+        for anchor in find_anchors(module.graph):
             try:
-                context.regions.append(recognise(node, position, context))
+                context.regions.append(recognise(anchor, context, routers))
             except Refusal as refusal:
-                refusals.append((node, refusal))
+                refusals.append((anchor, refusal))
         inside = _routers(context.regions)
-        for node, reason in refusals:
-            if node not in inside:
-                context.report.declined.append(declined(node, reason))
+        for anchor, reason in refusals:
+            if anchor.certain and anchor.node not in inside:
+                context.report.declined.append(declined(anchor.node, reason))
         for name, submodule in module.named_children():
-            if isinstance(submodule, GraphModule) and any(
-                "topk" in str(n.target) for n in submodule.graph.nodes
-            ):
+            if isinstance(submodule, GraphModule) and may_select_experts(submodule, certain=True):
                 context.report.declined.append(
                     Declined("the selection is inside a higher-order op", name, "")
                 )
@@ -82,25 +81,25 @@ def declined(node: Node, refusal: Refusal) -> Declined:
     )
 
 
-def recognise(node: Node, position: dict[Node, int], context: Context) -> Region:
-    selection = _selection(node)
-    roles, combined, refusals = _walk(selection, position)
+def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
+    selection = select(anchor)
+    roles, combined, refusals = _walk(selection)
     if not combined:
-        raise _furthest(refusals, node)
+        raise _furthest(refusals, anchor.node)
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
-    parts = _parts(selection, roles, combined[0], position)
+    parts = _parts(selection, roles, combined[0])
     program = "gathered" if parts.gathers else "replicated" if context.group else "local"
     return Region(
         num_experts=selection.num_experts,
         top_k=selection.top_k,
         hidden_size=int(shape(parts.tokens)[-1]),
-        router=recognise_router(selection, parts),
+        router=recognise_router(selection, parts, routers),
         form="grouped_mm" if any(map(is_grouped_matmul, parts.body)) else "batched_mm",
         program=program,
         activation=activation_name(parts.body),
         has_shared_expert=has_shared_expert(parts),
-        source=source_of(node),
+        source=source_of(anchor.node),
         input=parts.tokens.name,
         output=parts.combined.name,
         verified=False,
@@ -108,31 +107,17 @@ def recognise(node: Node, position: dict[Node, int], context: Context) -> Region
     )
 
 
-def _selection(node: Node) -> Selection:
-    scores, k = node.args[0], node.args[1]
-    dims = shape(scores)
-    if len(dims) != 2:
-        raise Refusal(f"the selection is over {list(dims)}, expected [tokens, experts]", node)
-    if argument(node, 2, "dim", -1) not in (-1, 1):
-        raise Refusal("the selection picks tokens (dim 0), not experts", node)
-    if not argument(node, 3, "largest", True):
-        raise Refusal("the selection takes the lowest scores", node)
-    if not isinstance(k, int) or not isinstance(dims[1], int):
-        raise Refusal("the number of experts or of selected experts is not a constant", node)
-    return Selection(node, dims[0], dims[1], k)
-
-
-def _walk(
-    selection: Selection, position: dict[Node, int]
-) -> tuple[Roles, list[Node], list[Refusal]]:
+def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:
     roles = Roles(selection)
     combined: list[Node] = []
     refusals: list[Refusal] = []
-    queue = [(position[user], user) for user in selection.node.users]
-    heapq.heapify(queue)
-    seen = set(selection.node.users)
+    seen = {user for node in selection.selectors for user in node.users}
+    queue = list(seen)
+    heapq.heapify(queue)  # nodes compare by their place in the graph
     while queue:
-        _, node = heapq.heappop(queue)
+        node = heapq.heappop(queue)
+        if node in roles.of:
+            continue
         try:
             role = roles.infer(node)
         except Refusal as refusal:
@@ -145,7 +130,7 @@ def _walk(
         for user in node.users:
             if user not in seen:
                 seen.add(user)
-                heapq.heappush(queue, (position[user], user))
+                heapq.heappush(queue, user)
     return roles, combined, refusals
 
 
@@ -160,8 +145,8 @@ def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
     return best
 
 
-def _parts(selection: Selection, roles: Roles, combined: Node, position: dict[Node, int]) -> Parts:
-    nodes = sorted(_ancestors(combined, roles.of), key=position.__getitem__)
+def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
+    nodes = sorted(_ancestors(combined, roles.of))
     of = roles.of
     body = [n for n in nodes if _stage(of[n]) in ("token", "expert")]
     post = [n for n in nodes if _stage(of[n]) == "post"]
@@ -200,6 +185,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node, position: dict[No
         tables=tuple(tables),
         gathers=tuple(gathers),
         roles=dict(of),
+        distinct=selection.distinct,
     )
 
 

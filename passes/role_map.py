@@ -36,7 +36,7 @@ class RoleMap:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self.of: dict[Node, Role] = {selection.node: PerToken()}
+        self.of: dict[Node, Role] = {node: PerToken() for node in selection.selectors}
         self.tables: dict[Node, None] = {}
         self.dispatched: dict[Node, Node] = {}
 
@@ -51,10 +51,22 @@ class RoleMap:
         dims = shape(node)
         return bool(dims) and same(dims[0], size)
 
+    def _token_dims(self, node: Any) -> int:
+        """How many leading dims of ``node`` count tokens: 1, or 2 for ``[B, S, ...]``; 0: none."""
+        if self._leads(node, self.selection.num_tokens):
+            return 1
+        dims, lead = shape(node), self.selection.lead
+        if len(dims) < len(lead) or not all(map(same, dims, lead)):
+            return 0
+        return len(lead)
+
     def _is_per_pair(self, node: Node) -> bool:
-        dims = shape(node)
-        sel = self.selection
-        return len(dims) == 2 and same(dims[0], sel.num_tokens) and same(dims[1], sel.top_k)
+        """``[T, K]`` or ``[B, S, K]``; ``[T]`` or ``[B, S]`` if K = 1."""
+        tail = shape(node)[self._token_dims(node) :]
+        if not self._token_dims(node):
+            return False
+        top_k = self.selection.top_k
+        return (len(tail) == 1 and same(tail[0], top_k)) or (not tail and top_k == 1)
 
     def is_table(self, node: Any) -> bool:
         """``[E, ...]``, and not computed from the selection."""

@@ -124,16 +124,36 @@ class Combined(Role):
 
 @dataclass(frozen=True)
 class Selection:
-    """The anchor: ``topk`` node, its ids, and the sizes every rule speaks of."""
+    """Which experts each token is to meet: the ops that select, and the sizes every rule speaks of.
+
+    node: the last selecting op, for reports; selectors: all of them. lead: the dims that count
+    tokens where the scores have more than one (``[B, S, E]``). columns: of the scores; more than
+    ``num_experts`` if some select no expert. exact: ids are the selected indices, untouched.
+    distinct: no token meets an expert twice. looked_up: ids come from a table or from outside.
+    """
 
     node: Node
     num_tokens: Any
     num_experts: int
     top_k: int
+    selectors: tuple[Node, ...] = ()
+    lead: tuple[Any, ...] = ()
+    columns: int = 0
+    exact: bool = True
+    distinct: bool = True
+    looked_up: bool = False
 
     @property
     def num_pairs(self) -> Any:
         return self.num_tokens * self.top_k
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """All but the nodes: equal for equal layers."""
+        return (
+            *(self.num_tokens, self.num_experts, self.top_k, self.lead, self.columns),
+            *(self.exact, self.distinct, self.looked_up),
+        )
 
 
 def value(node: Any) -> Any:

@@ -7,7 +7,7 @@ raises `Refusal` with the reason otherwise.
 
 Pseudo-code::
 
-    role(top-k)  = PerToken
+    role(selector) = PerToken
     role(node)   = first rule that applies(roles of the node's arguments)   or   Refusal(reason)
 
 A row-wise op (pointwise, or working along other dims than the first) keeps ``Rows``; that is how
@@ -54,6 +54,7 @@ class Roles(DispatchRules, RowRules):
             self._index,
             self._token_index,
             self._flatten,
+            self._unflatten,
             self._matmul,
             self._group,
             self._combine,
@@ -89,10 +90,11 @@ class Roles(DispatchRules, RowRules):
         val = value(node)
         if isinstance(val, (tuple, list)):
             return PerToken()
-        if not self._leads(node, self.selection.num_tokens):
+        token_dims = self._token_dims(node)
+        if not token_dims:
             return None
         per_token = 1
-        for size in shape(node)[1:]:
+        for size in shape(node)[token_dims:]:
             per_token *= size
         small = statically_known_true(
             per_token <= self.selection.num_experts * self.selection.top_k

@@ -86,14 +86,19 @@ def example(
     if isinstance(val, torch.SymInt):
         return tokens.size(val)
     if isinstance(val, torch.SymFloat):
-        source = node.args[0] if node.target is aten.item.default else node
-        assert isinstance(source, Node)
-        return float(source.meta.get("scalar", 1.5))
+        return scalar(node)
     if not isinstance(val, Tensor):
         return val
     leading = [tokens.size(val.shape[0])] if per_token else []
     sizes = leading + [concrete(size) for size in val.shape[len(leading) :]]
     return random_tensor(sizes, val.dtype, generator)
+
+
+def scalar(node: Node) -> float:
+    """The value the model's float behind ``node`` had when the graph was captured."""
+    source = node.args[0] if node.target is aten.item.default else node
+    assert isinstance(source, Node)
+    return float(source.meta.get("scalar", 1.5))
 
 
 def random_tensor(sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -473,11 +473,11 @@ class ExpertsChooseTokens(Grouped):
         return torch.zeros_like(x).index_add(0, chosen.t().reshape(-1), weighted)
 
 
-class ScoresPerBatch(Grouped):
-    """the selection is over [2, 6, 8], expected [tokens, experts]"""
+class ScoresOfOneToken(Grouped):
+    """the selection is over [8], expected [tokens, experts]"""
 
     def forward(self, x: Tensor) -> Any:
-        weights, ids = self.scores(x).view(2, 6, self.num_experts).topk(self.top_k, dim=-1)
+        weights, ids = self.scores(x)[0].topk(self.top_k, dim=-1)
         return weights * ids
 
 
@@ -602,7 +602,7 @@ REJECTED = (
     *(RowsReversed, RowsMixedByAReshape, RowsShifted, ExpertRowsEscape, HiddenRowsEscape),
     *(WeightsBeforeTheFirstMatmul, WeightsBetweenTheMatmuls, TwoTokenTensors, RowsWithoutTokens),
     *(RowsNotSorted, SummedOverTokens, SlotsAveraged, SlotsFirst, LowestScores),
-    *(ExpertsChooseTokens, ScoresPerBatch, Sampling, TopScoresOnly, ProductKeyMemory),
+    *(ExpertsChooseTokens, ScoresOfOneToken, Sampling, TopScoresOnly, ProductKeyMemory),
     *(TablesOfAnotherSize, BiasTableOfAnotherSize, NoExpert, SummedTwice, BiasAfterTheWeights),
     *(IdsOfTwoSelections, Dropout),
 )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_fx.passes import router
 from moe_fx.region import Router
 from tests.passes.graphs import (
     Captured,
@@ -94,6 +95,50 @@ class BiasedSigmoid(Biased):
         return (x @ self.router).sigmoid()
 
 
+class SoftplusRoot(Grouped):
+    def scores(self, x: Tensor) -> Tensor:
+        return F.softplus(x @ self.router).sqrt()
+
+
+class SharpenedSoftmax(Softmax):
+    def scores(self, x: Tensor) -> Tensor:
+        return ((x @ self.router) * 3).softmax(-1)
+
+
+class Cosine(Grouped):
+    def scores(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) @ F.normalize(self.router, dim=0)
+
+
+class SigmoidOfTheSelected(Biased):
+    """Kolibri: the bias is added to the logits, the sigmoid runs over the selected ones."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return x @ self.router
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        ids = (scores + self.correction).topk(self.top_k, dim=-1).indices
+        return scores.gather(1, ids).sigmoid(), ids
+
+
+class ScaledPerExpert(Biased):
+    """Gemma 4."""
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = scores.topk(self.top_k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True) * self.correction[ids], ids
+
+
+class ScaledByAParameter(SoftmaxRenormalised):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([3.0]))
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().select(scores)
+        return weights * 2.0 * self.gain, ids
+
+
 class SoftmaxOfTheSelected(Grouped):
     def scores(self, x: Tensor) -> Tensor:
         return x @ self.router
@@ -113,6 +158,12 @@ TEMPLATES = {
     Biased: replace(SOFTMAX, select_bias=True),
     BiasedSigmoid: replace(SIGMOID, select_bias=True),
     SoftmaxOfTheSelected: replace(SOFTMAX, renormalise=True),
+    SoftplusRoot: replace(SOFTMAX, score="softplus_sqrt"),
+    Cosine: replace(SOFTMAX, score="logits"),
+    SharpenedSoftmax: replace(SOFTMAX, logit_scale=3.0),
+    SigmoidOfTheSelected: replace(SIGMOID, select_bias=True, select_on_logits=True),
+    ScaledPerExpert: replace(SOFTMAX, renormalise=True, expert_scale=True),
+    ScaledByAParameter: replace(SOFTMAX, renormalise=True, scale=2.0, learned_scale=True),
 }
 
 
@@ -125,6 +176,11 @@ def test_fields_of_a_router_of_the_template(layer: type[Grouped]) -> None:
 @pytest.mark.parametrize("layer", [SoftmaxRenormalised, BiasedSigmoid])
 def test_fields_are_found_in_a_dynamic_graph(layer: type[Grouped]) -> None:
     assert router_of(captured(layer(), tokens(12, 32), dynamic=True)) == TEMPLATES[layer]
+
+
+@pytest.mark.parametrize("layer", [SoftmaxRenormalised, Biased, BiasedSigmoid])
+def test_fields_are_found_in_a_graph_for_one_token(layer: type[Grouped]) -> None:
+    assert router_of(captured(layer(), tokens(1, 32))) == TEMPLATES[layer]
 
 
 # -- of real models --------------------------------------------------------------------------------
@@ -190,21 +246,6 @@ def test_fields_of_a_router_in_bfloat16(name: str) -> None:
 # -- not of the template ---------------------------------------------------------------------------
 
 
-class SoftplusRoot(Grouped):
-    def scores(self, x: Tensor) -> Tensor:
-        return F.softplus(x @ self.router).sqrt()
-
-
-class Cosine(Grouped):
-    def scores(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) @ F.normalize(self.router, dim=0)
-
-
-class SharpenedSoftmax(Grouped):
-    def scores(self, x: Tensor) -> Tensor:
-        return ((x @ self.router) * 3).softmax(-1)
-
-
 class SoftmaxOfSigmoid(Grouped):
     def scores(self, x: Tensor) -> Tensor:
         return (x @ self.router).sigmoid().softmax(-1)
@@ -232,18 +273,58 @@ class HashOfTheScores(Softmax):
         return weights, (ids * 5 + 3) % self.num_experts
 
 
-ODD = (
-    *(SoftplusRoot, Cosine, SharpenedSoftmax, SoftmaxOfSigmoid, BiasThatAlsoWeighs),
-    *(WeightsOfReversedSlots, HashOfTheScores),
-)
+class Softcapped(Softmax):
+    def scores(self, x: Tensor) -> Tensor:
+        return ((x @ self.router).tanh() * 3).softmax(-1)
+
+
+ODD = (SoftmaxOfSigmoid, BiasThatAlsoWeighs, WeightsOfReversedSlots, HashOfTheScores, Softcapped)
 
 
 @pytest.mark.parametrize("layer", ODD, ids=lambda layer: layer.__name__)
 def test_an_odd_router_is_custom_and_its_layer_rewritten_all_the_same(
     layer: type[Grouped],
 ) -> None:
-    assert router_of(captured(layer(), tokens(12, 32))) == CUSTOM
+    router = router_of(captured(layer(), tokens(12, 32)))
+    assert "no known" in router.note
+    assert replace(router, note="") == CUSTOM
 
 
 def test_a_router_of_two_layers_is_named_by_its_last() -> None:
     assert router_of(captured(TwoLayerRouter(), tokens(12, 32))) == SOFTMAX
+
+
+# -- equal layers ----------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "fits"),
+    [((Biased, Biased, Biased), 1), ((Softmax, SoftmaxScaled, Softmax), 2)],
+)
+def test_equal_routers_are_fitted_once(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[type[Grouped], ...], fits: int
+) -> None:
+    fitted: list[Router] = []
+    original = router.fit
+
+    def counting(*args: Any) -> Router:
+        fitted.append(original(*args))
+        return fitted[-1]
+
+    monkeypatch.setattr(router, "fit", counting)
+    case = captured(Layers(*(layer() for layer in layers)), tokens(12, 32))
+    graphs, report = rewritten_on_ranks(case.module, 1)
+    assert graphs is not None
+    assert [region.router for region in report.regions] == [TEMPLATES[layer] for layer in layers]
+    assert len(fitted) == fits

@@ -6,6 +6,7 @@ import importlib
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,14 +211,28 @@ def test_a_bug_that_only_empty_experts_show_is_caught(
     plant(monkeypatch, last_expert_takes_the_rest)
     graph, report = rewritten(case.module)
     assert graph is None
-    assert "all tokens to one expert" in report.declined[0].reason
+    assert "only the last experts" in report.declined[0].reason
 
 
 def _first_expert_has_one(ids: Tensor, num_experts: int) -> Tensor:
     counts = ops.expert_counts(ids, num_experts)
-    if counts[0] == 0 and counts[num_experts - 1] == ids.numel():
+    if counts[:-2].sum() == 0:
         counts[0], counts[num_experts - 1] = 1, counts[num_experts - 1] - 1
     return counts
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_an_expert_comes_up_twice_only_where_the_router_may_do_that(
+    case: Captured, distinct: bool
+) -> None:
+    (region,) = rewritten(case.module)[1].regions
+    region = replace(region, parts=replace(region.parts, distinct=distinct))
+    routings = verify._routings(region, torch.Generator().manual_seed(0))
+    drawn = torch.cat([routing(9) for routing in routings.values()])
+    assert drawn.shape[1] == region.top_k
+    assert set(drawn.unique().tolist()) <= set(range(region.num_experts))
+    ids = drawn.sort(1).values
+    assert bool((ids[:, 1:] == ids[:, :-1]).any()) != distinct
 
 
 # -- the option ------------------------------------------------------------------------------------
