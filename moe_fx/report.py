@@ -56,6 +56,19 @@ class Report:
             "pass_seconds": self.pass_seconds,
         }
 
+    def to_text(self) -> str:
+        """One line per region and declined candidate, with whole paths: for messages and logs."""
+        lines = [f"MoE layers found: {len(self.regions)}, declined: {len(self.declined)}"]
+        lines += [f"- {_line(region)}\n  at {region.source}" for region in self.regions]
+        lines += [
+            f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
+            + (f", nearest form {d.nearest_form}" if d.nearest_form else "")
+            for d in self.declined
+        ]
+        if not self.regions and not self.declined:
+            lines.append("no graph selects experts with a top-k")
+        return "\n".join(lines)
+
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text as `json_schema` says; also written to ``path`` if one is given."""
         text = json.dumps(self.to_dict(), indent=2)
@@ -122,6 +135,14 @@ def _region_dict(region: Region) -> dict[str, Any]:
     plain = {name: getattr(region, name) for name in report_schema.names(Region)}
     verification = None if region.verification is None else asdict(region.verification)
     return plain | {"router": asdict(region.router), "verification": verification}
+
+
+def _line(region: Region) -> str:
+    return (
+        f"{region.top_k} of {region.num_experts} experts, hidden {region.hidden_size}; router: "
+        f"{_router_text(region)}; body: {region.activation}; {region.form}, {region.program}; "
+        f"verified: {_verified_text(region)}"
+    )
 
 
 def _verified_text(region: Region) -> str:

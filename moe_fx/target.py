@@ -62,7 +62,7 @@ def load(target: str, implementation: str | None = None) -> Target:
 
 
 def _family(name: str, implementation: str | None) -> Target:
-    chosen = {} if implementation is None else {"experts_implementation": implementation}
+    chosen: dict[str, Any] = {"experts_implementation": implementation} if implementation else {}
     model = tiny_model(name, **chosen)
     ids = torch.randint(model.config.vocab_size, (1, 12))
     return Target(model, (), {"input_ids": ids, "use_cache": False})
