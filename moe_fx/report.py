@@ -150,7 +150,7 @@ def _verified_text(region: Region) -> str:
     if seen is None:
         return "yes" if region.verified else "no"
     ranks = "1 rank" if seen.ranks == 1 else f"{seen.ranks} ranks"
-    return f"{len(seen.routings)} routings, {ranks}, within {seen.max_difference:.0e}"
+    return f"{ranks}, within {seen.max_difference:.0e}"
 
 
 def _router_text(region: Region) -> str:

@@ -66,8 +66,9 @@ class Sources:
         if file not in self._files:
             linecache.checkcache(file)
             code = "".join(linecache.getlines(file))
-            html = highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
-            self._files[file] = [Markup(line) for line in html.splitlines()]
+            lexer = PythonLexer(stripnl=False, ensurenl=False)
+            html = highlight(code, lexer, HtmlFormatter(nowrap=True)).removesuffix("\n")
+            self._files[file] = [Markup(line) for line in html.split("\n")] if html else []
         return self._files[file]
 
 

@@ -79,6 +79,21 @@ def test_a_wrong_gradient_is_found(ranks2: RankPool, monkeypatch: pytest.MonkeyP
         assert_equivalent(Layer(), [tokens(12, 32)], ranks=ranks2, gradients=True)
 
 
+@pytest.mark.parametrize("program", ["replicated", "gathered"])
+def test_a_wrong_gradient_of_an_expert_is_found(
+    ranks2: RankPool, monkeypatch: pytest.MonkeyPatch, program: Program
+) -> None:
+    plain = Layer.forward
+
+    def doubling(self: Layer, x: torch.Tensor) -> torch.Tensor:
+        self.experts["up"].register_hook(lambda gradient: 2 * gradient)
+        return plain(self, x)
+
+    monkeypatch.setattr(Layer, "forward", doubling)
+    with pytest.raises(AssertionError, match=r"gradient of experts\.up, all ranks together"):
+        assert_equivalent(Layer(), [tokens(12, 32)], ranks=ranks2, program=program, gradients=True)
+
+
 class _Local(nn.Module):
     def __init__(self) -> None:
         super().__init__()
