@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.testing import RankPool, assert_equivalent
-from moe_fx.testing.equivalence import Program
+from moe_fx.testing.equivalence import Program, _arguments
 from tests.testing.layers import (
     Layer,
     LowestScores,
@@ -41,6 +41,21 @@ def test_arguments_per_rank_may_have_other_numbers_of_tokens(ranks4: RankPool) -
     x = tokens(12, 32)
     pieces = [[x[:5]], [x[5:6]], [x[6:]], [x[:0]]]
     assert_equivalent(Layer(), ranks=ranks4, args_per_rank=pieces)
+
+
+@pytest.mark.parametrize("given", [tokens(12, 32), tokens(3, 4, 32), torch.arange(12).view(3, 4)])
+def test_every_rank_has_the_tokens_in_another_order(given: torch.Tensor) -> None:
+    weights = torch.eye(3)
+    pieces = _arguments((given, weights), None, 3)
+    assert pieces[0][0] is given
+    for tokens_of_rank, weights_of_rank in pieces[1:]:
+        assert weights_of_rank is weights
+        assert tokens_of_rank.shape == given.shape
+        assert not torch.equal(tokens_of_rank, given)
+        width = given.shape[-1] if given.is_floating_point() else 1
+        rows, ordered = tokens_of_rank.reshape(-1, width), given.reshape(-1, width)
+        assert sorted(rows.tolist()) == sorted(ordered.tolist())
+    assert not torch.equal(pieces[1][0], pieces[2][0])
 
 
 def test_a_number_of_ranks_starts_its_own() -> None:
