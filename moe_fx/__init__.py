@@ -15,7 +15,7 @@ from moe_fx import ops  # noqa: E402
 from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
 from moe_fx.explain import explain  # noqa: E402
 from moe_fx.options import Options  # noqa: E402
-from moe_fx.region import Declined, Region, Router  # noqa: E402
+from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
 
@@ -31,6 +31,7 @@ __all__ = [
     "Region",
     "Report",
     "Router",
+    "Verification",
     "expert_parameter_bytes",
     "explain",
     "ops",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
 
 from moe_fx.demo import DEFAULT_MODELS, run_demo
-from moe_fx.errors import ConfigurationError, MoeFxError
+from moe_fx.errors import MoeFxError
 from moe_fx.explain import explain
-from moe_fx.tiny import tiny_model
+from moe_fx.target import load
+
+DType = Literal["float32", "float64", "bfloat16", "float16"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,20 +62,47 @@ def explain_command(
         ),
     ],
     implementation: Annotated[
-        str, typer.Option(help="transformers' experts implementation: grouped_mm or batched_mm.")
-    ] = "grouped_mm",
-    json: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+        str | None,
+        typer.Option(
+            help="transformers' experts implementation: batched_mm, or grouped_mm (its own choice "
+            "for models that have it)."
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Cast the model and its floating arguments.")
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Capture with symbolic sizes, as dynamic=True.")
+    ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Plan and verify for so many expert-parallel ranks."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 if any candidate was declined.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write the report as JSON (docs/report.md).")
+    ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the report as an HTML page.")
+        Path | None,
+        typer.Option(help="Also write the report as an HTML page, with the source of each layer."),
     ] = None,
 ) -> None:
     """List each MoE layer of a model, and each candidate that was declined with the reason.
 
     Captures the model and runs it once as it is; compiles nothing and needs no process group.
+
+    Exit status: 0 if an MoE layer was found; 1 if none was, or (--strict) a candidate was declined;
+    2 if the target or an option cannot be used.
     """
     try:
-        model, args, kwargs = _load(target, implementation)
-        report = explain(model, *args, **kwargs)
+        found = load(target, implementation)
+        if dtype is not None:
+            found = found.to(getattr(torch, dtype))
+        report = explain(
+            found.model, *found.args, dynamic=dynamic or None, ranks=ranks, **found.kwargs
+        )
     except MoeFxError as error:
         _fail(error)
     report.print(Console())
@@ -83,31 +110,7 @@ def explain_command(
         report.to_json(json)
     if html is not None:
         report.to_html(html)
-
-
-def _load(target: str, implementation: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    kind, _, name = target.rpartition(":")
-    if kind == "hf":
-        model = tiny_model(name, experts_implementation=implementation)
-        ids = torch.randint(model.config.vocab_size, (1, 12))
-        return model, (), {"input_ids": ids, "use_cache": False}
-    file = Path(kind)
-    if not file.is_file():
-        raise ConfigurationError(
-            f"There is no file {kind!r}. Give hf:MODEL_TYPE, such as hf:qwen3_moe, or "
-            "path/to/file.py:factory."
-        )
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ConfigurationError(f"{kind!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise ConfigurationError(f"{kind!r} has no function {name!r}.")
-    model, args, *rest = factory()
-    return model, tuple(args), dict(rest[0]) if rest else {}
+    raise typer.Exit(0 if report.regions and not (strict and report.declined) else 1)
 
 
 def _fail(error: MoeFxError) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.output_graph import GraphCompileReason
 from torch._functorch.aot_autograd import aot_export_module
 from torch._library.fake_impl import allocate_size
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -25,6 +26,7 @@ __all__ = [
     "base_compiler",
     "data_dependent_size",
     "export_functional",
+    "graph_breaks",
     "group_store",
     "resolve_group",
     "statically_known_true",
@@ -53,6 +55,20 @@ def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[Graph
     )
     assert isinstance(exported, GraphModule)
     return exported, signature
+
+
+def graph_breaks(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """Why Dynamo captures ``fn(*args, **kwargs)`` in more than one graph: ``reason (at
+    file:line)``."""
+    return [
+        _described(reason) for reason in torch._dynamo.explain(fn)(*args, **kwargs).break_reasons
+    ]
+
+
+def _described(reason: GraphCompileReason) -> str:
+    said = " ".join(line.strip() for line in reason.reason.splitlines()[:2])
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
 
 
 def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[..., Any]]:

@@ -20,15 +20,18 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | Options | None = None,
     dynamic: bool | None = None,
+    ranks: int | None = None,
     **kwargs: Any,
 ) -> Report:
     """Capture ``model(*args, **kwargs)`` and say which MoE layers the backend would rewrite.
 
     Runs the model once as it is (nothing is compiled; no process group is needed) and returns a
     `Report` with a `Region` per MoE layer and a `Declined` per other candidate, of all graphs that
-    the model's capture has. ``dynamic`` as in torch.compile.
+    the model's capture has. ``dynamic`` as in torch.compile. ``ranks``: plan and verify for so many
+    expert-parallel ranks instead of for the group of the options.
     """
     parsed = parse_options(options)
+    steps = passes.ANALYSIS if ranks is None else passes.for_ranks(ranks, passes=passes.ANALYSIS)
     report = Report()
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -42,7 +45,7 @@ def explain(
             report.graphs += 1
             return module.forward
         context = passes.Context(options=parsed, report=report, group=parsed.ep_group)
-        passes.run(captured, context, passes.ANALYSIS)
+        passes.run(captured, context, steps)
         return module.forward
 
     torch._dynamo.reset()

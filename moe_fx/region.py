@@ -101,6 +101,42 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """How a region and its replacement were found to agree by value.
+
+    routings: what was tried, each on random tokens and weights. ranks: how many the replacement was
+    run for, in lock step. max_difference: largest relative difference seen; tolerance: the largest
+    that would have been accepted for the dtype.
+    """
+
+    routings: tuple[str, ...]
+    ranks: int
+    max_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A graph node as text. part: "router", "dispatch", "experts" or "combine" before the rewrite,
+    "" after it. inputs: names of other nodes. shape: ``f32[12, 64]``. source: ``file:line``."""
+
+    part: str
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    shape: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A region's nodes before and after the rewrite (on this rank), in graph order."""
+
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class Region:
     """One MoE layer found in a graph.
 
@@ -110,6 +146,7 @@ class Region:
     source: ``file:line`` of the router's selection in the user's model.
     input, output: names of the graph nodes that hold the tokens and the combined result.
     verified: the replacement agreed with the original by value (False if verification was off).
+    verification: what was tried, if it was; listing: the nodes as text, for the HTML report.
     """
 
     num_experts: int
@@ -125,6 +162,8 @@ class Region:
     output: str
     verified: bool
     parts: Parts = field(repr=False, compare=False)
+    verification: Verification | None = field(default=None, compare=False)
+    listing: Listing | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
-"""What was found, what was declined and why: as data, table, JSON and one HTML page."""
+"""What was found, what was declined and why: as data, table, JSON and one HTML page.
+
+JSON is described by a schema (`Report.json_schema`) that is made from the dataclasses themselves.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moe_fx import report_schema
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
+from moe_fx.report_html import page
 
 _WIDTH = 120
 
@@ -41,7 +46,9 @@ class Report:
             self.record_pass(name, seconds)
 
     def to_dict(self) -> dict[str, Any]:
+        """What `to_json` writes."""
         return {
+            "version": report_schema.VERSION,
             "graphs": self.graphs,
             "regions": [_region_dict(region) for region in self.regions],
             "declined": [asdict(declined) for declined in self.declined],
@@ -49,21 +56,38 @@ class Report:
             "pass_seconds": self.pass_seconds,
         }
 
+    def to_text(self) -> str:
+        """One line per region and declined candidate, with whole paths: for messages and logs."""
+        lines = [f"MoE layers found: {len(self.regions)}, declined: {len(self.declined)}"]
+        lines += [f"- {_line(region)}\n  at {region.source}" for region in self.regions]
+        lines += [
+            f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
+            + (f", nearest form {d.nearest_form}" if d.nearest_form else "")
+            for d in self.declined
+        ]
+        if not self.regions and not self.declined:
+            lines.append("no graph selects experts with a top-k")
+        return "\n".join(lines)
+
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON text; also written to ``path`` if one is given."""
+        """JSON text as `json_schema` says; also written to ``path`` if one is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """The JSON schema (draft 2020-12) of `to_json`: docs/report.md."""
+        return report_schema.json_schema(Report.__doc__ or "")
+
     def to_html(self, path: str | Path | None = None) -> str:
-        """One self-contained HTML page with the tables of ``str(report)``; also written to
-        ``path`` if one is given."""
-        console = Console(record=True, width=_WIDTH, file=io.StringIO())
-        self.print(console)
-        text = console.export_html()
+        """One self-contained HTML page: per region its source, its nodes before and after the
+        rewrite and what was verified; per declined candidate the reason and its source. Also
+        written to ``path`` if one is given. Source lines are read from the files now."""
+        text = page(self.regions, self.declined, self.plans)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     def print(self, console: Console | None = None) -> None:
@@ -91,7 +115,7 @@ class Report:
                 _router_text(region),
                 region.activation + (" + shared" if region.has_shared_expert else ""),
                 f"{region.form}, {region.program}",
-                "yes" if region.verified else "no",
+                _verified_text(region),
                 _short(region.source),
             )
         return table
@@ -108,8 +132,25 @@ class Report:
 
 
 def _region_dict(region: Region) -> dict[str, Any]:
-    plain = {f.name: getattr(region, f.name) for f in fields(region) if f.name != "parts"}
-    return plain | {"router": asdict(region.router)}
+    plain = {name: getattr(region, name) for name in report_schema.names(Region)}
+    verification = None if region.verification is None else asdict(region.verification)
+    return plain | {"router": asdict(region.router), "verification": verification}
+
+
+def _line(region: Region) -> str:
+    return (
+        f"{region.top_k} of {region.num_experts} experts, hidden {region.hidden_size}; router: "
+        f"{_router_text(region)}; body: {region.activation}; {region.form}, {region.program}; "
+        f"verified: {_verified_text(region)}"
+    )
+
+
+def _verified_text(region: Region) -> str:
+    seen = region.verification
+    if seen is None:
+        return "yes" if region.verified else "no"
+    ranks = "1 rank" if seen.ranks == 1 else f"{seen.ranks} ranks"
+    return f"{ranks}, within {seen.max_difference:.0e}"
 
 
 def _router_text(region: Region) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,8 +57,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
         default = AutoConfig.for_model(model_type)
     except ValueError:
         raise ConfigurationError(
-            f"transformers has no model type {model_type!r}. Examples with MoE layers: qwen3_moe, "
-            "deepseek_v3, mixtral, gpt_oss, olmoe, glm4_moe."
+            f"transformers has no model type {model_type!r}. {_similar(model_type)}Examples with "
+            "MoE layers: qwen3_moe, deepseek_v3, mixtral, gpt_oss, olmoe, glm4_moe."
         ) from None
     known = default.to_dict()
     sizes = {name: size for name, size in _SIZES.items() if known.get(name) is not None}
@@ -69,14 +70,32 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
 
 
 def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A causal language model of that family in evaluation mode, with seeded weights."""
-    config = tiny_config(model_type, **overrides)
-    from transformers import AutoModelForCausalLM
+    """A causal language model of that family in evaluation mode, with seeded weights.
 
+    Raises `ConfigurationError` if transformers has none, or not with these ``overrides``.
+    """
+    config = tiny_config(model_type, **overrides)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigurationError(
+            f"transformers has no causal language model of type {model_type!r}. Write a function "
+            "that returns the model and its arguments, and explain that."
+        )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigurationError(f"transformers refuses to make a {model_type}: {error}") from error
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # larger than the initialisation, so that experts matter
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+def _similar(model_type: str) -> str:
+    from transformers import CONFIG_MAPPING
+
+    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()))
+    return f"Did you mean {' or '.join(close)}? " if close else ""

@@ -9,18 +9,39 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.describe import Describe
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
+from moe_fx.passes.plan_for_ranks import PlanForRanks
 from moe_fx.passes.planner import Plan
 from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
 from moe_fx.passes.verify import Verify
 
-ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify())
+ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify(), Describe())
 TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
 PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
 
-__all__ = ["ANALYSIS", "PIPELINE", "TRANSFORMATION", "Context", "Pass", "PassResult", "run"]
+__all__ = [
+    "ANALYSIS",
+    "PIPELINE",
+    "TRANSFORMATION",
+    "Context",
+    "Pass",
+    "PassResult",
+    "for_ranks",
+    "run",
+]
+
+
+def for_ranks(
+    world_size: int, rank: int = 0, passes: tuple[Pass, ...] = PIPELINE
+) -> tuple[Pass, ...]:
+    """``passes``, planning for so many ranks without a process group."""
+    return tuple(
+        PlanForRanks(world_size, rank) if isinstance(step, (Plan, PlanForRanks)) else step
+        for step in passes
+    )
 
 
 def run(module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELINE) -> GraphModule:

@@ -32,7 +32,7 @@ from moe_fx.passes.rewrite import rewrite_region
 from moe_fx.passes.roles import PerToken, is_grouped_matmul, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Region, source_of
+from moe_fx.region import Declined, Region, Verification, source_of
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _WEIGHT_BUDGET_BYTES = 1 << 28
@@ -42,31 +42,34 @@ class Verify(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         if context.options.verify == "off":
             return PassResult(module, changed=False)
-        seen: dict[str, str] = {}
+        seen: dict[str, Verification | str] = {}
         kept: list[tuple[Region, ExchangePlan]] = []
         for region, plan in zip(context.regions, context.plans, strict=True):
             alone, region_alone = extract_region(region)
             key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}"
             if key not in seen or context.options.verify == "always":
                 seen[key] = difference(alone, region_alone, plan)
-            if seen[key]:
+            found = seen[key]
+            if isinstance(found, str):
                 combined = region.parts.combined
                 context.report.declined.append(
-                    Declined(seen[key], combined.name, source_of(combined), region.form)
+                    Declined(found, combined.name, source_of(combined), region.form)
                 )
             else:
-                kept.append((replace(region, verified=True), plan))
+                kept.append((replace(region, verified=True, verification=found), plan))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
 
 
-def difference(alone: Extract, region: Region, plan: ExchangePlan) -> str:
-    """What differs between the region and its replacement, "" if nothing does."""
-    rewritten = [_replacement(alone, region, replace(plan, rank=r)) for r in range(plan.world_size)]
+def difference(alone: Extract, region: Region, plan: ExchangePlan) -> Verification | str:
+    """What differs between the region and its replacement, or how it was seen that nothing does."""
+    rewritten = [replacement(alone, region, replace(plan, rank=r)) for r in range(plan.world_size)]
     original = [alone.module] * plan.world_size
     overrides = _reference_matmuls(alone.module)
     tolerance = _tolerance(region)
+    routings: list[str] = []
+    largest = 0.0
     for what, counts, inputs in _trials(alone, region, plan):
         resize = [count.resize for count in counts]
         try:
@@ -82,7 +85,9 @@ def difference(alone: Extract, region: Region, plan: ExchangePlan) -> str:
                     f"{distance:.1e} "
                     f"on rank {rank} of {plan.world_size}"
                 )
-    return ""
+            largest = max(largest, distance)
+        routings.append(what)
+    return Verification(tuple(routings), plan.world_size, largest, tolerance)
 
 
 def _tolerance(region: Region) -> float:
@@ -92,7 +97,7 @@ def _tolerance(region: Region) -> float:
     return max((_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE), default=1e-4)
 
 
-def _replacement(alone: Extract, region: Region, plan: ExchangePlan) -> GraphModule:
+def replacement(alone: Extract, region: Region, plan: ExchangePlan) -> GraphModule:
     """A copy of the extracted region, rewritten. The copy keeps node order, so nodes are paired."""
     copy = copy_graph(alone.module)
     pairs = dict(zip(alone.module.graph.nodes, copy.graph.nodes, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import moe_fx
 from moe_fx.testing import RankPool
 
+pytest_plugins = ["moe_fx_pytest"]  # already there if this checkout is installed
 torch.set_num_threads(1)
 
 
@@ -29,12 +30,10 @@ torch.compiler.config.cache_key_tag = os.environ["TORCH_COMPILE_CACHE_KEY_TAG"]
 
 
 @pytest.fixture(scope="session")
-def ranks2() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
+def ranks2(moe_fx_ranks: Callable[[int], RankPool]) -> RankPool:
+    return moe_fx_ranks(2)
 
 
 @pytest.fixture(scope="session")
-def ranks4() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
+def ranks4(moe_fx_ranks: Callable[[int], RankPool]) -> RankPool:
+    return moe_fx_ranks(4)

@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 from moe_fx import passes, simulate
 from moe_fx.capture import capture
 from moe_fx.options import Options
-from moe_fx.plan import ExchangePlan
 from moe_fx.report import Report
 from tests.models import FAMILIES
 
@@ -133,35 +132,13 @@ def captured(
     return only
 
 
-class ForRank(passes.Pass):
-    """In place of `passes.Plan`: every region is exchanged among ``world`` simulated ranks."""
-
-    def __init__(self, world: int, rank: int = 0) -> None:
-        self.world, self.rank = world, rank
-
-    def _apply(self, module: GraphModule, context: passes.Context) -> passes.PassResult:
-        context.plans = [
-            exchange_plan(region.num_experts, self.world, self.rank) for region in context.regions
-        ]
-        return passes.PassResult(module, changed=False)
-
-
-def exchange_plan(experts: int, world: int, rank: int = 0) -> ExchangePlan:
-    if world == 1:
-        return ExchangePlan("local", experts, experts)
-    return ExchangePlan("alltoall", experts, experts // world, "simulated", world, rank)
-
-
 def rewritten(
     module: GraphModule, world: int = 1, rank: int = 0, verify: str = "compile"
 ) -> tuple[GraphModule | None, Report]:
     """(rank's graph, or None if nothing was accepted; what the passes said)."""
     report = Report()
     context = passes.Context(options=Options(verify=verify), report=report)  # type: ignore[arg-type]
-    planned = tuple(
-        ForRank(world, rank) if isinstance(step, passes.Plan) else step for step in passes.PIPELINE
-    )
-    result = passes.run(module, context, planned)
+    result = passes.run(module, context, passes.for_ranks(world, rank))
     return (None if result is module else result), report
 
 

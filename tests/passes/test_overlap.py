@@ -16,7 +16,6 @@ from moe_fx.report import Report
 from tests.models import build, token_ids
 from tests.passes.graphs import (
     Captured,
-    ForRank,
     block,
     captured,
     relative_error,
@@ -26,11 +25,7 @@ from tests.passes.graphs import (
 
 aten, ops = torch.ops.aten, torch.ops.moe_fx
 WORLD = 2
-BEFORE_OVERLAP = tuple(
-    ForRank(WORLD) if isinstance(step, passes.Plan) else step
-    for step in passes.PIPELINE
-    if not isinstance(step, Overlap)
-)
+BEFORE_OVERLAP = tuple(step for step in passes.PIPELINE if not isinstance(step, Overlap))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +36,7 @@ def case() -> Captured:
 def exchanging(module: GraphModule, rank: int = 0) -> GraphModule:
     """Rewritten for one of two ranks, its nodes as the rewrite left them."""
     context = passes.Context(options=Options(verify="off"), report=Report())
-    steps = tuple(ForRank(WORLD, rank) if isinstance(s, ForRank) else s for s in BEFORE_OVERLAP)
-    result = passes.run(module, context, steps)
+    result = passes.run(module, context, passes.for_ranks(WORLD, rank, BEFORE_OVERLAP))
     assert result is not module
     return result
 

@@ -1,4 +1,4 @@
-"""What multi-rank tests need: `RankPool`, a group of persistent rank processes on this machine.
+"""`RankPool`: a group of persistent rank processes on this machine.
 
 ::
 
@@ -97,7 +97,7 @@ class RankPool:
         ``fn`` is a module-level function; arguments and results are copied. ``timeout`` is in
         seconds and does not count the start of the processes.
         """
-        request = _pack((fn, args, timeout))
+        request = pack((fn, args, timeout))
         try:
             if not self._ranks:
                 self._start()
@@ -270,12 +270,12 @@ def _perform(index: int, request: bytes, stacks: IO[str]) -> Any:
 def _attempt(call: Callable[..., Any], *args: Any) -> tuple[bytes, str]:
     """(packed result, "") or (b"", traceback)."""
     try:
-        return _pack(call(*args)), ""
+        return pack(call(*args)), ""
     except Exception:
         return b"", traceback.format_exc()
 
 
-def _pack(value: Any) -> bytes:
+def pack(value: Any) -> bytes:
     """Bytes, not shared memory: a tensor in flight outlives the rank that sent it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
