@@ -7,8 +7,9 @@ wrong name here could not change a result; it is checked by value all the same.
 Pseudo-code::
 
     take out everything between the logits and (weights, ids); run it on random logits
-    for each score function present: set bias and groups from the graph, read renormalisation and
-    scale off the values, run moe_fx::route with these fields; equal -> that is the router
+    for each score function of the template: set bias and groups from the graph, read
+    renormalisation and scale off the values, run moe_fx::route with these fields; equal -> that is
+    the router. No op is looked for by name, so decomposed routers are found all the same
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moe_fx.region import Parts, Router
 aten = torch.ops.aten
 
 _LOGIT_OPS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default)
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_SCORES = ("softmax", "sigmoid", "topk_softmax")
 _NUM_TOKENS = 16
 _SEARCH_LIMIT = 100
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -59,7 +60,7 @@ def recognise_router(selection: Selection, parts: Parts) -> Router:
         return Router()
     weights = weights.view(tokens.wanted, selection.top_k)
     bias = None if select_bias is None else values[select_bias].reshape(-1)
-    for score in _scores(selection, inner):
+    for score in _SCORES:
         found = _fit(
             score, values[logits], bias, groups, chosen, group_score, weights, ids, selection.top_k
         )
@@ -125,16 +126,6 @@ def _groups(selection: Selection, inner: list[Node]) -> tuple[int, int, str]:
         elif node.target is aten.topk.default:
             chosen = int(argument(node, 1, "k"))
     return groups, chosen, group_score
-
-
-def _scores(selection: Selection, inner: list[Node]) -> list[str]:
-    """Score functions of the template that the router may be using."""
-    found = []
-    if any(node.target is aten.sigmoid.default for node in inner):
-        found.append("sigmoid")
-    if any(node.target in _SOFTMAX for node in inner):
-        found += ["softmax", "topk_softmax"]
-    return found
 
 
 def _fit(
