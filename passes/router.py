@@ -9,7 +9,7 @@ Pseudo-code::
     take out everything between the logits and (weights, ids); run it on random logits
     for each score function of the template: set bias and groups from the graph, read
     renormalisation and scale off the values, run moe_fx::route with these fields; equal -> that is
-    the router. No op is looked for by name, so decomposed routers are found all the same
+    the router. No score function is looked for by name: decomposed ones are found all the same
 """
 
 from __future__ import annotations
