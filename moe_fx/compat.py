@@ -6,6 +6,7 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
 from torch.fx.node import map_arg
 from torch.library import get_ctx
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "CustomGraphPass",
@@ -34,6 +36,7 @@ __all__ = [
     "decomposed",
     "export_functional",
     "group_store",
+    "real_tensors",
     "resolve_group",
     "statically_known_true",
 ]
@@ -83,6 +86,11 @@ def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:
     return collectives.wait_tensor(
         collectives.all_gather_into_tensor(shard, group_size, group_name)
     )
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """A context in which ops run on real tensors, whatever fake mode a compiler is in."""
+    return _disable_current_modes()
 
 
 class FakeValues:

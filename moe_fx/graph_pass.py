@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule
 import moe_fx.passes as passes
 from moe_fx import __version__
 from moe_fx.backend import check_devices
-from moe_fx.compat import CustomGraphPass
+from moe_fx.compat import CustomGraphPass, real_tensors
 from moe_fx.errors import NothingMatched
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.splice import splice
@@ -76,7 +76,8 @@ class MoEPass(CustomGraphPass):
         context = passes.Context(
             options=self.options, report=report, group=self.options.ep_group
         )
-        result = passes.run(module, context)
+        with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
+            result = passes.run(module, context)
         self.reports.append(report)
         if self.options.on_report is not None:
             self.options.on_report(report)
