@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 import moe_fx.passes as passes
 from moe_fx import __version__
+from moe_fx.agree import describe
 from moe_fx.backend import check_devices
 from moe_fx.compat import CustomGraphPass, real_tensors
 from moe_fx.errors import NothingMatched
@@ -73,9 +74,7 @@ class MoEPass(CustomGraphPass):
             [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")],
         )
         report = Report()
-        context = passes.Context(
-            options=self.options, report=report, group=self.options.ep_group
-        )
+        context = passes.Context(options=self.options, report=report, group=self.options.ep_group)
         with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
             result = passes.run(module, context)
         self.reports.append(report)
@@ -86,9 +85,22 @@ class MoEPass(CustomGraphPass):
             found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
             raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
         if result is not module:
+            self._agree_when_run(result, report)
             splice(module.graph, result, context.origin)
             if isinstance(graph, GraphModule):
                 graph.recompile()
+
+    def _agree_when_run(self, result: GraphModule, report: Report) -> None:
+        """Nothing runs around the compiled graph, and a cache may bring it back uncompiled: so the
+        first exchange of each group checks that the ranks have planned the same."""
+        text = describe(report.plans, training=False)
+        checked: set[Any] = set()
+        for node in result.graph.nodes:
+            if node.target is torch.ops.moe_fx.exchange_counts.default:
+                group = node.args[1]
+                if group not in checked:
+                    checked.add(group)
+                    node.args = (*node.args[:2], text, self.options.agree_timeout)
 
     def uuid(self) -> str:
         """Key of what this pass does to a graph, for compile caches: the same in every process of
@@ -121,4 +133,3 @@ def _topology(group: dist.ProcessGroup | None) -> list[Any] | None:
     if group is None:
         return None
     return [group.group_name, group.size(), group.rank(), dist.get_process_group_ranks(group)]
-

@@ -9,7 +9,7 @@ only what the passes added is new, spelled as Inductor's graphs are (`compat.dec
 Pseudo-code::
 
     for each node of the result:
-        stands for a node of the caller's, unchanged or reading unchanged nodes only -> keep that one
+        stands for a node of the caller's, unchanged or reading only unchanged ones -> keep that
         else -> add it; its value is computed under the graph's fake mode; a size that turns out to
                 be a number is that number
         place it, after those it needs, behind what has been placed

@@ -1,8 +1,9 @@
-"""Graphs as Inductor hands them to its post-grad hooks, and running them without code generation."""
+"""Graphs as Inductor hands them to its post-grad hooks, run without generating code."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def _run_as_it_is(
     return run
 
 
+def hooked(hook: Hook, post: bool = False) -> AbstractContextManager[Any]:
+    """``hook`` is Inductor's custom pass before (or after, ``post``) its own post-grad passes."""
+    name = "post_grad_custom_post_pass" if post else "post_grad_custom_pre_pass"
+    return config.patch({name: hook})
+
+
 def compiled_with(
     hook: Hook,
     model: Callable[..., Any],
@@ -49,14 +56,12 @@ def compiled_with(
     post: bool = False,
     **compile_options: Any,
 ) -> Callable[..., Any]:
-    """``model`` compiled with ``hook`` as Inductor's custom pass before (or after, ``post``) its
-    own post-grad passes."""
-    name = "post_grad_custom_post_pass" if post else "post_grad_custom_pre_pass"
+    """``model`` compiled with ``hook`` in place while it is called."""
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=base, fullgraph=True, **compile_options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with config.patch({name: hook}):
+        with hooked(hook, post):
             return compiled(*args, **kwargs)
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import moe_fx
 from moe_fx import passes
@@ -25,7 +27,7 @@ from tests.e2e.ranks import expert_block, relative_error
 from tests.models import FAMILIES, build, token_ids
 from tests.passes.graphs import op_names, tokens
 from tests.passes.grouped import Grouped
-from tests.passes.post_grad import compiled_with, post_grad_graph
+from tests.passes.post_grad import compiled_with, hooked, post_grad_graph
 from tests.passes.test_router import CUSTOM, TEMPLATES, SharpenedSoftmax, SoftmaxOfSigmoid
 
 MODELS = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss")
@@ -148,7 +150,9 @@ class Descending(Grouped):
 @pytest.mark.parametrize(("model", "declined"), [(Dense, 0), (Descending, 1)])
 def test_a_graph_without_a_match_stays_as_it_came(model: type[nn.Module], declined: int) -> None:
     graph = post_grad_graph(model(), tokens(12, 32))
-    before = [(n, n.name, n.target, n.args, dict(n.kwargs), dict(n.meta)) for n in graph.graph.nodes]
+    before = [
+        (n, n.name, n.target, n.args, dict(n.kwargs), dict(n.meta)) for n in graph.graph.nodes
+    ]
     text = graph.code
     report = analysed(graph)
     assert (len(report.regions), len(report.declined)) == (0, declined)
@@ -168,7 +172,11 @@ def test_what_is_not_of_the_layer_stays_as_it_came() -> None:
     assert len(kept) > 0.7 * len(before)
     assert all((n.target, n.kwargs) == before[n] for n in kept)
     gone = {str(n.target) for n in before if n not in set(kept)}
-    assert {"aten.sort.default", "prims.iota.default", "transformers.grouped_mm_fallback.default"} <= gone
+    assert {
+        "aten.sort.default",
+        "prims.iota.default",
+        "transformers.grouped_mm_fallback.default",
+    } <= gone
 
 
 def test_new_nodes_have_values_and_only_ops_that_inductor_compiles(ranks2: RankPool) -> None:
@@ -181,7 +189,9 @@ def test_new_nodes_have_values_and_only_ops_that_inductor_compiles(ranks2: RankP
 
 def inserted_nodes(rank: int) -> tuple[list[str], list[str], list[str]]:
     """(names of nodes without a value, of waits without a binding of their new size, all ops)."""
-    graph = post_grad_graph(expert_block().to(torch.bfloat16), tokens(1, 9, 64, dtype=torch.bfloat16))
+    graph = post_grad_graph(
+        expert_block().to(torch.bfloat16), tokens(1, 9, 64, dtype=torch.bfloat16)
+    )
     moe_fx.MoEPass({"ep_group": dist.group.WORLD})(graph.graph)
     calls = [n for n in graph.graph.nodes if n.op == "call_function"]
     first_wait = next(n for n in calls if n.target is torch.ops.moe_fx.wait.default)
@@ -208,7 +218,9 @@ def test_graph_module_and_graph_and_the_arguments_of_other_hooks_are_accepted() 
     assert [len(report.regions) for report in moe_pass.reports] == [1, 1, 1]
     values = {tuple(p.shape): p for p in [x, *block.parameters()]}
     for graph in (as_module, as_graph, GraphModule(nn.Module(), orphan)):
-        inputs = [values[tuple(n.meta["val"].shape)] for n in graph.graph.find_nodes(op="placeholder")]
+        inputs = [
+            values[tuple(n.meta["val"].shape)] for n in graph.graph.find_nodes(op="placeholder")
+        ]
         assert relative_error(graph(*inputs)[0], expected) <= EXACT
 
 
@@ -224,10 +236,19 @@ def test_reports_reach_the_caller_and_strict_refuses_what_was_declined() -> None
 # -- two ranks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", ["replicated", "gathered"])
+BY_DAY = {
+    ("qwen3_moe", "grouped_mm", "replicated"),
+    ("gpt_oss", "batched_mm", "replicated"),
+    ("deepseek_v3", "grouped_mm", "gathered"),
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "impl"),
-    [("qwen3_moe", "batched_mm"), ("deepseek_v3", "grouped_mm"), ("gpt_oss", "batched_mm")],
+    ("family", "impl", "program"),
+    [
+        pytest.param(*case, marks=[] if case in BY_DAY else [pytest.mark.slow])
+        for case in itertools.product(MODELS, IMPLEMENTATIONS, ("replicated", "gathered"))
+    ],
 )
 def test_two_ranks_give_what_eager_gives(
     ranks2: RankPool, family: str, impl: str, program: str
@@ -279,21 +300,61 @@ def on_ranks(
     return relative_error(found, expected), report.to_dict(), ops
 
 
+@pytest.mark.parametrize("odd", ["other experts", "nothing matched"])
+def test_ranks_with_other_plans_are_told_before_they_would_hang(ranks2: RankPool, odd: str) -> None:
+    first, second = ranks2.run(differing_plans, odd)
+    if odd == "other experts":
+        assert "num_experts=8" in first and "num_experts=16" in first
+        assert "num_experts=8" in second and "num_experts=16" in second
+    else:
+        assert "rank(s) [1]" in first and second == ""
+
+
+def differing_plans(rank: int, odd: str) -> str:
+    """What is raised; rank 1 is the odd one."""
+    group = dist.new_group()
+    other = rank == 1 and odd == "other experts"
+    options = {"ep_group": group, "agree_timeout": 60.0 if odd == "other experts" else 0.5}
+    moe_pass = moe_fx.MoEPass(options)
+    hook = (lambda graph: None) if rank == 1 and odd == "nothing matched" else moe_pass
+    compiled = compiled_with(hook, expert_block(num_experts=16 if other else 8))
+    try:
+        with torch.no_grad():
+            compiled(tokens(1, 9, 64))
+    except moe_fx.RanksDiffer as error:
+        return str(error)
+    return ""
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_training_graph_is_declined_with_the_reason_and_right(impl: str) -> None:
-    """Its forward also hands the experts' rows to the backward graph, which is made already."""
+def test_training_is_right_and_each_declined_graph_says_why(impl: str, checkpointed: bool) -> None:
+    """A forward that hands the experts' rows to a backward made already cannot be rewritten."""
     model, x = expert_block(impl=impl), tokens(1, 9, 64)
-    model(x).square().sum().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
-    model.zero_grad()
+
+    def step(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+
+    expected = gradients(model, model(x))
     moe_pass = moe_fx.MoEPass()
-    compiled_with(moe_pass, model)(x).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert relative_error(parameter.grad, expected[name]) <= EXACT  # type: ignore[arg-type]
-    print([report.to_dict() for report in moe_pass.reports])
+    with hooked(moe_pass):  # the backward graph is compiled when it is needed
+        found = gradients(model, compiled_with(moe_pass, step)(x))
+    assert all(relative_error(found[name], expected[name]) <= EXACT for name in expected)
+    forward, backward = moe_pass.reports
+    assert backward.regions == []
+    assert len(forward.regions) == int(checkpointed)  # what is computed again need not be handed on
+    reasons = {declined.reason for declined in (*forward.declined, *backward.declined)}
+    if not checkpointed:
+        assert reasons == {"the experts' rows are also read by output"}
+
+
+def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # -- the compile cache -----------------------------------------------------------------------------
