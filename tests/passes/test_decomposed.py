@@ -66,7 +66,7 @@ def softmax_in_prims(x: Tensor) -> Tensor:
 def repeated(x: Tensor, at: int = 1) -> Tensor:
     sizes = list(x.shape)
     sizes.insert(at, 3)
-    return aten.view(aten.clone(x.unsqueeze(at).expand(sizes)), [18, 8])
+    return aten.view(aten.clone(x.unsqueeze(at).expand(sizes)), [3 * x.shape[0], 8])
 
 
 def inverse(perm: Tensor, put: Any = aten.index_put) -> Tensor:
@@ -149,6 +149,11 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str]] = 
     "x / (1 + exp(-1.7 x))": (lambda x: silu(x, factor=1.7), (X,), "silu"),
     "2 / (1 + exp(-x))": (lambda x: 2 * (1 + (-x).exp()).reciprocal() + x, (X,), "silu"),
     "tokens repeated as a whole": (lambda x: repeated(x, at=0), (X,), "repeat_interleave"),
+    "as many tokens as repeats, repeated as a whole": (
+        lambda x: repeated(x, at=0),
+        (X[:3],),
+        "repeat_interleave",
+    ),
     "a permute of three dims": (lambda x: x.view(6, 4, 2).permute(1, 2, 0), (X,), "transpose"),
     "mm with a matrix as it is": (
         lambda x, w: aten.mm(x, w),
