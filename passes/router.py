@@ -9,7 +9,7 @@ Pseudo-code::
     take out everything between the logits and (weights, ids); run it on random logits
     for each score function of the template: set bias and groups from the graph, read
     renormalisation and scale off the values, run moe_fx::route with these fields; equal -> that is
-    the router. No score function is looked for by name: decomposed ones are found all the same
+    the router. Ops say which to try first, values which it is: decomposed ones are found too
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from moe_fx.region import Parts, Router
 aten = torch.ops.aten
 
 _LOGIT_OPS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default)
-_SCORES = ("softmax", "sigmoid", "topk_softmax")
+_SCORES = {
+    "softmax": (aten.softmax.int,),
+    "sigmoid": (aten.sigmoid.default,),
+    "topk_softmax": (aten.softmax.int,),
+}
 _NUM_TOKENS = 16
 _SEARCH_LIMIT = 100
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -60,7 +64,7 @@ def recognise_router(selection: Selection, parts: Parts) -> Router:
         return Router()
     weights = weights.view(tokens.wanted, selection.top_k)
     bias = None if select_bias is None else values[select_bias].reshape(-1)
-    for score in _SCORES:
+    for score in _likeliest_first(inner):
         found = _fit(
             score, values[logits], bias, groups, chosen, group_score, weights, ids, selection.top_k
         )
@@ -126,6 +130,13 @@ def _groups(selection: Selection, inner: list[Node]) -> tuple[int, int, str]:
         elif node.target is aten.topk.default:
             chosen = int(argument(node, 1, "k"))
     return groups, chosen, group_score
+
+
+def _likeliest_first(inner: list[Node]) -> list[str]:
+    """The template's score functions, those first whose op is there: few tokens with one expert
+    each, whose weight is one whatever its score, do not tell score functions apart."""
+    ops = {node.target for node in inner}
+    return sorted(_SCORES, key=lambda score: ops.isdisjoint(_SCORES[score]))
 
 
 def _fit(

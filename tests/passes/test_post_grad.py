@@ -25,7 +25,7 @@ from moe_fx.compat import CustomGraphPass
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block, relative_error
 from tests.models import FAMILIES, build, token_ids
-from tests.passes.graphs import op_names, tokens
+from tests.passes.graphs import block, op_names, tokens
 from tests.passes.grouped import Grouped
 from tests.passes.post_grad import compiled_with, hooked, post_grad_graph
 from tests.passes.test_router import CUSTOM, TEMPLATES, SharpenedSoftmax, SoftmaxOfSigmoid
@@ -117,6 +117,14 @@ def test_the_score_function_is_found_in_a_decomposed_router(layer: type[Grouped]
     (region,) = analysed(graph).regions
     router = region.router
     assert TEMPLATES[layer] == type(router)(**{**vars(router), "softmax_after_topk": False})
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_one_expert_per_token_of_weight_one_does_not_hide_the_score_function(count: int) -> None:
+    """The weights say nothing, and 8 tokens of 8 experts are not run as other numbers."""
+    layer = block("deepseek_v3", num_experts_per_tok=1)
+    (region,) = analysed(post_grad_graph(layer, tokens(1, count, 64))).regions
+    assert (region.router.score, region.router.verified) == ("sigmoid", True)
 
 
 @pytest.mark.parametrize("layer", [SharpenedSoftmax, SoftmaxOfSigmoid])
