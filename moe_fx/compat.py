@@ -95,7 +95,8 @@ def real_tensors() -> AbstractContextManager[object]:
 
 class FakeValues:
     """Computes ``meta["val"]`` of nodes added to a graph, under the graph's own fake mode, and
-    notes the data-dependent sizes that a node brings into being, as Inductor wants them."""
+    notes the data-dependent sizes that a node brings into being, as Inductor wants them. Does
+    nothing for a graph whose values are not fake."""
 
     def __init__(self, graph: Graph) -> None:
         self.mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
