@@ -1,8 +1,9 @@
 """Normalise: one spelling for things that have several.
 
 Contract. Works on a copy, so a graph in which nothing is found leaves as it came. Computes the same
-values, up to rounding. Afterwards recognisers meet one op per meaning, whether the graph was captured before or
-after decomposition, and no metadata assertions (they would keep replaced nodes alive).
+values, up to rounding. Afterwards recognisers meet one op per meaning, whether the graph was
+captured before or after decomposition, and no metadata assertions (they would keep replaced nodes
+alive).
 ``context.origin`` says which captured node each node of the copy stands for: it has the same value.
 
 Pseudo-code::
