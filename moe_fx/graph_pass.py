@@ -90,6 +90,11 @@ class MoEPass(CustomGraphPass):
             if isinstance(graph, GraphModule):
                 graph.recompile()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoEPass:
+        """Itself: compilers copy their configuration, but a process group cannot be copied, and the
+        reports are to reach whoever made the pass."""
+        return self
+
     def _agree_when_run(self, result: GraphModule, report: Report) -> None:
         """Nothing runs around the compiled graph, and a cache may bring it back uncompiled: so the
         first exchange of each group checks that the ranks have planned the same."""

@@ -16,7 +16,7 @@ from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 
-Hook = Callable[[torch.fx.Graph], None]
+Hook = Callable[[torch.fx.Graph], None] | list[Callable[[torch.fx.Graph], None]]
 
 
 @register_backend(name="post_grad_eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import subprocess
@@ -241,6 +242,15 @@ def test_reports_reach_the_caller_and_strict_refuses_what_was_declined() -> None
     assert len(seen) == 2 and moe_pass.reports == seen
 
 
+def test_a_copied_configuration_holds_the_same_pass(ranks2: RankPool) -> None:
+    assert ranks2.run(copied) == [True, True]
+
+
+def copied(rank: int) -> bool:
+    moe_pass = moe_fx.MoEPass({"ep_group": dist.group.WORLD})
+    return copy.deepcopy([moe_pass])[0] is moe_pass
+
+
 # -- two ranks -------------------------------------------------------------------------------------
 
 
@@ -297,12 +307,7 @@ def on_ranks(
         if program == "gathered":
             moe_fx.shard_experts(model, group)
         moe_pass = moe_fx.MoEPass({"ep_group": group} if program == "replicated" else {})
-
-        def hook(graph: torch.fx.Graph) -> None:
-            moe_pass(graph)
-            graphs.append(graph)
-
-        found = compiled_with(hook, model, base=base)(**inputs).logits
+        found = compiled_with([moe_pass, graphs.append], model, base=base)(**inputs).logits
     (report,) = moe_pass.reports
     ops = [str(n.target) for n in graphs[0].nodes if n.op == "call_function"]
     return relative_error(found, expected), report.to_dict(), ops
