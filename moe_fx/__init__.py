@@ -9,21 +9,23 @@ import torch
 
 from moe_fx.supported import require_supported_torch
 
+__version__ = "0.1.0"
+
 require_supported_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
 from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
 from moe_fx.explain import explain  # noqa: E402
+from moe_fx.graph_pass import MoEPass  # noqa: E402
 from moe_fx.options import Options  # noqa: E402
 from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ConfigurationError",
     "Declined",
+    "MoEPass",
     "MoeFxError",
     "NothingMatched",
     "Options",

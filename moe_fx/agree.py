@@ -56,6 +56,17 @@ def agree_once(
     return run
 
 
+def ensure(group_name: str, text: str, timeout: float) -> None:
+    """All ranks of the group have the plans that ``text`` describes; asks them once.
+
+    For graphs that a cache may bring back without their being compiled: it is called when the graph
+    runs (`moe_fx::exchange_counts`).
+    """
+    if (group_name, text) not in _agreed:
+        publish(group_name, text)
+        compare(resolve_group(group_name), text, timeout)
+
+
 def publish(group_name: str, text: str) -> None:
     """Tell the group what this rank has compiled, unless it has told the same before."""
     history = _published.setdefault(group_name, [])

@@ -6,28 +6,39 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
+from torch.fx.node import map_arg
 from torch.library import get_ctx
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "CustomGraphPass",
+    "FakeValues",
     "all_gather_rows",
     "base_compiler",
     "data_dependent_size",
+    "decomposed",
     "export_functional",
     "graph_breaks",
     "group_store",
+    "real_tensors",
     "resolve_group",
     "statically_known_true",
 ]
@@ -91,3 +102,56 @@ def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:
     return collectives.wait_tensor(
         collectives.all_gather_into_tensor(shard, group_size, group_name)
     )
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """A context in which ops run on real tensors, whatever fake mode a compiler is in."""
+    return _disable_current_modes()
+
+
+class FakeValues:
+    """Computes ``meta["val"]`` of nodes added to a graph, under the graph's own fake mode, and
+    notes the data-dependent sizes that a node brings into being, as Inductor wants them. Does
+    nothing for a graph whose values are not fake."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
+
+    def compute(self, node: Node) -> Any:
+        if self.mode is None:
+            return None
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        assert callable(node.target)
+        with self.mode, enable_python_dispatcher():
+            value = node.target(*args, **kwargs)
+        node.meta["val"] = value
+        bindings = compute_unbacked_bindings(self.mode.shape_env, value)
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
+        return value
+
+
+def decomposed(node: Node) -> GraphModule | None:
+    """The ops that Inductor decomposes ``node`` into, from its input nodes in order; None if it
+    compiles the op as it is. For graphs that have been decomposed already: an op that should not be
+    there any more is refused by Inductor, not decomposed."""
+    # Slow to import, and for nothing unless Inductor, which has, is calling.
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings
+
+    inputs = node.all_input_nodes
+    values = [n.meta.get("val") for n in inputs]
+    table = select_decomp_table()
+    if node.target not in table or node.target in lowerings:
+        return None
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+
+    def call(*tensors: Tensor) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    with enable_python_dispatcher():
+        return make_fx(call, table, tracing_mode="real")(*values)

@@ -11,6 +11,7 @@ from torch.fx import Node
 from moe_fx.passes.role_map import RoleMap
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
+    FRESH_BUFFERS,
     VIEWS,
     Counts,
     Order,
@@ -110,6 +111,9 @@ class DispatchRules(RoleMap):
             raise self._refuse(node, "the permutation is scattered with values other than 0 … S-1")
         if len(shape(node)) != 1 or not self._leads(node, self.selection.num_pairs):
             raise self._refuse(node, "the inverse permutation does not have one entry per row")
+        buffer = node.args[0]
+        if isinstance(buffer, Node) and buffer not in self.of and buffer.target in FRESH_BUFFERS:
+            self.of[buffer] = Scratch()
         self.of[values] = Scratch()  # type: ignore[index]
         while isinstance(values, Node) and values.target in VIEWS:
             values = values.args[0]

@@ -252,6 +252,15 @@ _DIMS: dict[Any, Callable[[Node, int], Iterable[int]]] = {
 
 VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ELEMENTWISE_COPIES = (aten._to_copy.default, aten.clone.default, aten.alias.default)
+FRESH_BUFFERS: tuple[Any, ...] = (
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.full.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+)
 GROUPED_MATMULS = tuple(
     op
     for op in (

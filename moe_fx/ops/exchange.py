@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
 from moe_fx.ops._define import define
 
@@ -58,7 +59,13 @@ def pending_exchanges() -> int:
     return len(_pending)
 
 
-def _exchange_counts(counts: Tensor, group: str) -> Tensor:
+def _exchange_counts(
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+) -> Tensor:
+    """``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
+    before the group's first exchange with these plans, waiting ``timeout`` seconds for others."""
+    if plans is not None:
+        ensure(group, plans, timeout)
     process_group = resolve_group(group)
     world = process_group.size()
     received = torch.empty_like(counts)
@@ -66,7 +73,9 @@ def _exchange_counts(counts: Tensor, group: str) -> Tensor:
     return received.view(world, -1)
 
 
-def _exchange_counts_fake(counts: Tensor, group: str) -> Tensor:
+def _exchange_counts_fake(
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+) -> Tensor:
     return counts.new_empty(counts.shape).view(resolve_group(group).size(), -1)
 
 
@@ -153,7 +162,7 @@ def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 define(
-    "exchange_counts(Tensor counts, str group) -> Tensor",
+    "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0) -> Tensor",
     _exchange_counts,
     _exchange_counts_fake,
 )

@@ -1,0 +1,140 @@
+"""The passes as one pass in another compiler's hook: Inductor's, npugraph_ex's, vLLM's.
+
+These hand over a graph that is decomposed and belongs to them: it is changed in place, and left as
+it came if no MoE layer is found in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+import moe_fx.passes as passes
+from moe_fx import __version__
+from moe_fx.agree import describe
+from moe_fx.backend import check_devices
+from moe_fx.compat import CustomGraphPass, real_tensors
+from moe_fx.errors import NothingMatched
+from moe_fx.options import Options, parse_options
+from moe_fx.passes.splice import splice
+from moe_fx.report import Report
+
+log = logging.getLogger("moe_fx")
+
+
+def digest_of_sources(folders: Iterable[Path]) -> str:
+    """SHA-256 of the Python files below ``folders``, whichever place they are installed in."""
+    digest = hashlib.sha256()
+    seen: set[Path] = set()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                digest.update(f"{folder.name}/{file.relative_to(folder).as_posix()}\n".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# `moe_fx.passes` first: a wheel has it inside `moe_fx`, an editable installation has not.
+_SOURCES = digest_of_sources(Path(p[0]) for p in (passes.__path__, [str(Path(__file__).parent)]))
+
+
+class MoEPass(CustomGraphPass):
+    """Makes expert-parallel programs of the MoE layers in a post-grad graph, in place.
+
+    ``options``: `moe_fx.Options`, or a mapping of them; ``base`` has no meaning here, and under
+    ``strict`` a declined candidate raises `NothingMatched` (a graph without any does not). The
+    report of each graph seen is appended to ``reports`` and given to ``options.on_report``.
+
+    ::
+
+        torch._inductor.config.post_grad_custom_pre_pass = moe_fx.MoEPass({"ep_group": group})
+    """
+
+    def __init__(self, options: Mapping[str, Any] | Options | None = None) -> None:
+        self.options = parse_options(options)
+        self.reports: list[Report] = []
+
+    def __call__(
+        self, graph: Graph | GraphModule, example_inputs: Any = None, config: Any = None
+    ) -> None:
+        """Rewrites ``graph``. The other arguments are what npugraph_ex's hooks pass; not used."""
+        module = graph if isinstance(graph, GraphModule) else _module_of(graph)
+        check_devices(
+            self.options.ep_group,
+            [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")],
+        )
+        report = Report()
+        context = passes.Context(options=self.options, report=report, group=self.options.ep_group)
+        with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
+            result = passes.run(module, context)
+        self.reports.append(report)
+        if self.options.on_report is not None:
+            self.options.on_report(report)
+        log.info("%s", report)
+        if self.options.strict and report.declined:
+            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
+            raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
+        if result is not module:
+            self._agree_when_run(result, report)
+            splice(module.graph, result, context.origin)
+            if isinstance(graph, GraphModule):
+                graph.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoEPass:
+        """Itself: compilers copy their configuration, but a process group cannot be copied, and the
+        reports are to reach whoever made the pass."""
+        return self
+
+    def _agree_when_run(self, result: GraphModule, report: Report) -> None:
+        """Nothing runs around the compiled graph, and a cache may bring it back uncompiled: so the
+        first exchange of each group checks that the ranks have planned the same."""
+        text = describe(report.plans, training=False)
+        checked: set[Any] = set()
+        for node in result.graph.nodes:
+            if node.target is torch.ops.moe_fx.exchange_counts.default:
+                group = node.args[1]
+                if group not in checked:
+                    checked.add(group)
+                    node.args = (*node.args[:2], text, self.options.agree_timeout)
+
+    def uuid(self) -> str:
+        """Key of what this pass does to a graph, for compile caches: the same in every process of
+        one configuration; another after an edit of moe_fx, for another torch, other options or
+        another place in the process group."""
+        described = {
+            "moe_fx": __version__,
+            "sources": _SOURCES,
+            "torch": torch.__version__,
+            "options": self.options.model_dump(exclude={"ep_group", "on_report"}),
+            "ep_group": _topology(self.options.ep_group),
+            "world": _topology(dist.group.WORLD if dist.is_initialized() else None),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _module_of(graph: Graph) -> GraphModule:
+    """A module around ``graph`` itself, with what the graph's get_attr nodes read."""
+    owner = graph.owning_module
+    if isinstance(owner, GraphModule) and owner.graph is graph:
+        return owner
+    module = GraphModule(owner or nn.Module(), graph)
+    graph.owning_module = owner
+    return module
+
+
+def _topology(group: dist.ProcessGroup | None) -> list[Any] | None:
+    """What the group is and where this rank stands in it. Gathered weights bring their group with
+    the graph; this rank's place in it follows from its place in the world."""
+    if group is None:
+        return None
+    return [group.group_name, group.size(), group.rank(), dist.get_process_group_ranks(group)]
