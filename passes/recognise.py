@@ -44,6 +44,7 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.router import recognise_router
 from moe_fx.passes.rules import Roles
+from moe_fx.passes.tables import check_tables
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten = torch.ops.aten
@@ -185,6 +186,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node, position: dict[No
     needed = set(nodes)
     tables = [t for t in roles.tables if any(u in needed for u in t.users)]
     _check_escapes(body, needed, of)
+    check_tables(tables, tokens, body, of)
     gathers = [found for found in map(gather_above, tables) if found is not None]
     return Parts(
         select=selection.node,
