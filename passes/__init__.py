@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.exchanged import Exchanged
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
 from moe_fx.passes.planner import Plan
@@ -16,7 +17,7 @@ from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
 from moe_fx.passes.verify import Verify
 
-ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify())
+ANALYSIS: tuple[Pass, ...] = (Normalise(), Exchanged(), Recognise(), Plan(), Verify())
 TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
 PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
 

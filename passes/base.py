@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch.distributed as dist
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moe_fx.options import Options
 from moe_fx.plan import ExchangePlan
@@ -22,6 +22,7 @@ class Context:
 
     group: the expert-parallel group from the options; a *gathered* program brings its own.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
+    claimed: selections that need no further look: their region exchanges tokens itself.
     """
 
     options: Options
@@ -30,6 +31,7 @@ class Context:
     training: bool = False
     regions: list[Region] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
+    claimed: set[Node] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

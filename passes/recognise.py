@@ -55,6 +55,8 @@ class Recognise(Pass):
         position = {node: at for at, node in enumerate(module.graph.nodes)}
         refusals: list[tuple[Node, Refusal]] = []
         for node in module.graph.find_nodes(op="call_function", target=aten.topk.default):
+            if node in context.claimed:
+                continue
             try:
                 context.regions.append(recognise(node, position, context))
             except Refusal as refusal:
