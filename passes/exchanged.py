@@ -19,7 +19,7 @@ parallelism and no candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.compat import resolve_group
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.flow import Flow
 from moe_fx.passes.names import activation_name, has_shared_expert
 from moe_fx.passes.roles import (
     VIEWS,
@@ -42,6 +42,7 @@ from moe_fx.passes.roles import (
     value,
 )
 from moe_fx.passes.router import recognise_router
+from moe_fx.passes.tables import is_matmul, weight_tables
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -54,13 +55,6 @@ _SUMS = (
     aten.index_put.default,
     aten.bmm.default,
     aten.einsum.default,
-)
-_MATMULS = (
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.matmul.default,
-    aten.einsum.default,
-    aten.linear.default,
 )
 
 
@@ -90,7 +84,7 @@ class ExchangedParts(Parts):
 
 class Exchanged(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        graph = _Flow(module)
+        graph = Flow(module)
         for candidate in (*_all_to_alls(graph), *_all_reduces(graph)):
             if candidate.select in context.claimed:
                 continue
@@ -107,64 +101,11 @@ class Exchanged(Pass):
         return PassResult(module, changed=False)
 
 
-class _Flow:
-    """What reads what in a graph."""
-
-    def __init__(self, module: GraphModule) -> None:
-        self.nodes = list(module.graph.nodes)
-        self.position = {node: at for at, node in enumerate(self.nodes)}
-
-    def calls(self, target: Any) -> Iterator[Node]:
-        return (node for node in self.nodes if node.target is target)
-
-    def above(self, *starts: Node) -> set[Node]:
-        return _closure(starts, lambda node: node.all_input_nodes)
-
-    def below(self, *starts: Node) -> set[Node]:
-        return _closure(starts, lambda node: node.users)
-
-    def ordered(self, nodes: Iterable[Node]) -> list[Node]:
-        return sorted(nodes, key=self.position.__getitem__)
-
-    def selection_above(self, node: Node) -> Node | None:
-        """The last top-k over ``[T, E]`` that ``node`` comes from."""
-        found = [
-            n
-            for n in self.ordered(self.above(node))
-            if n.target is aten.topk.default and len(shape(n.args[0])) == 2
-        ]
-        return found[-1] if found else None
-
-    def router_selections(self, select: Node) -> set[Node]:
-        """``select`` and the group selections that its scores come from (not another layer's)."""
-        leads = shape(select.args[0])[0]
-        found, stack = {select}, list(select.all_input_nodes)
-        while stack:
-            node = stack.pop()
-            if node in found or node.target in (aten.linear.default, aten.mm.default):
-                continue
-            if shape(node) and not same(shape(node)[0], leads):
-                continue
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-        return {node for node in found if node.target is aten.topk.default}
-
-
-def _closure(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    found, stack = set(starts), list(starts)
-    while stack:
-        for node in step(stack.pop()):
-            if node not in found:
-                found.add(node)
-                stack.append(node)
-    return found
-
-
 @dataclass(frozen=True)
 class _Candidate:
     """Two exchanges (or one all-reduce, as both) around experts, and the selection above."""
 
-    flow: _Flow
+    flow: Flow
     kind: Literal["alltoall", "allreduce"]
     select: Node
     dispatch: Node
@@ -203,7 +144,7 @@ class _Candidate:
         )
 
     def _sent_rows(self) -> ExchangedParts:
-        flow, selection = self.flow, self.selection
+        flow = self.flow
         rows = self.dispatch.args[0]
         assert isinstance(rows, Node)
         from_ids = flow.below(self.select) - {self.select}
@@ -220,7 +161,6 @@ class _Candidate:
         )
 
     def _shared_rows(self) -> ExchangedParts:
-        flow, selection = self.flow, self.selection
         tokens = self._the_tokens(self.body, self.combine)
         ids = next((n for n in self.select.users if is_integer(n)), None)
         if ids is None:
@@ -332,7 +272,7 @@ class _Candidate:
         return None, None
 
 
-def _all_to_alls(flow: _Flow) -> Iterator[_Candidate]:
+def _all_to_alls(flow: Flow) -> Iterator[_Candidate]:
     exchanges = [n for n in flow.calls(collectives.all_to_all_single.default) if not is_integer(n)]
     combines: set[Node] = set()
     for dispatch in exchanges:
@@ -348,14 +288,14 @@ def _all_to_alls(flow: _Flow) -> Iterator[_Candidate]:
                 for n in flow.ordered(after & flow.above(combine))
                 if n not in (dispatch, combine) and n.target is not collectives.wait_tensor.default
             )
-            if any(n.target in _MATMULS or is_grouped_matmul(n) for n in body):
+            if any(map(is_matmul, body)):
                 combines.add(combine)
                 world = len(dispatch.args[1])  # type: ignore[arg-type]
                 yield _Candidate(flow, "alltoall", select, dispatch, combine, body, world)
             break
 
 
-def _all_reduces(flow: _Flow) -> Iterator[_Candidate]:
+def _all_reduces(flow: Flow) -> Iterator[_Candidate]:
     for reduce in flow.calls(collectives.all_reduce.default):
         select = flow.selection_above(reduce)
         if select is None or reduce.args[1] != "sum":
@@ -365,7 +305,7 @@ def _all_reduces(flow: _Flow) -> Iterator[_Candidate]:
         body = tuple(n for n in flow.ordered(own) if n.op == "call_function")
         if not isinstance(experts, int) or experts % world or world == 1:
             continue
-        if any(_holds(table, experts // world) for table in _tables(body)):
+        if any(_holds(table, experts // world) for table in weight_tables(body)):
             yield _Candidate(flow, "allreduce", select, reduce, reduce, body, world)
 
 
@@ -384,33 +324,12 @@ def _swapped(dispatch: Node, combine: Node) -> bool:
     )
 
 
-def _tables(body: Iterable[Node]) -> list[Node]:
-    """Stacked weights (parameters, or gathered shards of them) that matmuls of ``body`` read."""
-    return list(
-        dict.fromkeys(
-            source
-            for node in body
-            if node.target in _MATMULS or is_grouped_matmul(node)
-            for source in node.all_input_nodes
-            if len(shape(source)) == 3 and _is_weight(source)
-        )
-    )
-
-
-def _is_weight(node: Node) -> bool:
-    while node.op == "call_function" and gather_of(node) is None and is_unary_rowwise(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
-    return node.op in ("placeholder", "get_attr") or gather_of(node) is not None
-
-
 def _holds(table: Node, experts: int) -> bool:
     return same(shape(table)[0], experts)
 
 
 def _local_tables(body: Iterable[Node], local: int, where: Node) -> tuple[Node, ...]:
-    tables = _tables(body)
+    tables = weight_tables(body)
     for table in tables:
         if not _holds(table, local):
             raise Refusal(

@@ -20,7 +20,8 @@ import torch
 from torch.fx import Node
 
 from moe_fx.passes.gathers import gather_of
-from moe_fx.passes.roles import VIEWS, Refusal, Role, is_grouped_matmul, is_unary_rowwise
+from moe_fx.passes.names import view_root
+from moe_fx.passes.roles import Refusal, Role, is_grouped_matmul, is_unary_rowwise, shape
 
 aten = torch.ops.aten
 
@@ -35,16 +36,33 @@ _MATMULS = (
 )
 
 
+def is_matmul(node: Node) -> bool:
+    """A matmul that experts' rows can meet their matrices in."""
+    return node.target in _MATMULS or is_grouped_matmul(node)
+
+
+def weight_tables(body: Iterable[Node]) -> list[Node]:
+    """Stacked weights ``[experts, ., .]`` (parameters, or gathered shards of them, in any layout)
+    that matmuls of ``body`` read."""
+    sources = (source for node in filter(is_matmul, body) for source in node.all_input_nodes)
+    stacked = dict.fromkeys(source for source in sources if len(shape(source)) == 3)
+    return [table for table in stacked if _is_weight(_origin(table))]
+
+
+def _is_weight(origin: Node) -> bool:
+    return origin.op in ("placeholder", "get_attr") or gather_of(origin) is not None
+
+
 def check_tables(
     tables: Iterable[Node], tokens: Node, body: Collection[Node], of: Mapping[Node, Role]
 ) -> None:
     """``tables``: the per-expert tensors of a region that dispatches ``tokens``; ``of``: what is
     known to come from its selection."""
-    if not any(node.target in _MATMULS or is_grouped_matmul(node) for node in body):
+    if not any(map(is_matmul, body)):
         raise Refusal("the rows meet no expert's matrix", tokens, 4)
     for table in tables:
         origin = _origin(table)
-        if origin is _view_root(tokens):
+        if origin is view_root(tokens):
             raise Refusal(f"the per-expert table {table} holds the tokens", table, 4)
         above = _ancestors(origin)
         if any(node in of for node in above):
@@ -63,14 +81,6 @@ def _origin(table: Node) -> Node:
     """The parameter, gather or computation that ``table`` is a view, cast or transpose of."""
     node = table
     while node.op == "call_function" and gather_of(node) is None and is_unary_rowwise(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
-    return node
-
-
-def _view_root(node: Node) -> Node:
-    while node.target in VIEWS:
         source = node.args[0]
         assert isinstance(source, Node)
         node = source

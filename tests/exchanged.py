@@ -222,6 +222,10 @@ def _build(implementation: str) -> Callable[[int, int], nn.Module]:
     return lambda rank, world: transformers_block(implementation, rank)
 
 
+def _two(layer: Callable[[int, int], nn.Module]) -> Callable[[int, int], nn.Module]:
+    return lambda rank, world: nn.Sequential(layer(rank, world), layer(rank, world))
+
+
 _HF_SHAPE = (1, 11, 64)
 PROGRAMS = {
     "own_dispatch": Program(OwnDispatch, "alltoall", _own),
@@ -231,6 +235,8 @@ PROGRAMS = {
     "shared_batch": Program(SharedBatch, "allreduce", _own),
 }
 BUILDERS = PROGRAMS | {
+    "two_layers": Program(_two(OwnDispatch), "alltoall", _own),
+    "two_shared_layers": Program(_two(SharedBatch), "allreduce", _own),
     "unsorted": Program(Unsorted, "alltoall", _own),
     "never_summed": Program(NeverSummed, "alltoall", _own),
     "two_sources": Program(TwoSources, "alltoall", _own),

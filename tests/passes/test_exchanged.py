@@ -32,10 +32,10 @@ class Seen:
     error: float
 
 
-def look(rank: int, name: str) -> Seen:
+def look(rank: int, name: str, dynamic: bool = False) -> Seen:
     program = BUILDERS[name]
     x = program.tokens(rank)
-    case = captured(program.build(rank, 2), x)
+    case = captured(program.build(rank, 2), x, dynamic=dynamic)
     before = str(case.module.code)
     report = Report()
     context = passes.Context(options=Options(), report=report)
@@ -97,6 +97,15 @@ def test_an_all_reduce_program_is_recognised(ranks2: RankPool, name: str) -> Non
         assert seen.parts["kind"] == "allreduce"
         assert seen.parts["dispatch"] == "_c10d_functional.all_reduce.default"
         assert {size[0] for size in seen.parts["tables"]} == {4}
+
+
+@pytest.mark.parametrize("name", ["two_layers", "two_shared_layers"])
+def test_every_layer_is_found_with_its_own_exchanges(ranks2: RankPool, name: str) -> None:
+    for seen in ranks2.run(look, name, True):
+        assert seen.untouched and not seen.declined
+        first, second = seen.regions
+        assert second["input"] == first["output"] != second["output"]
+        assert first["router"]["verified"] and second["router"]["verified"]
 
 
 REFUSED = {
