@@ -78,7 +78,7 @@ def _quick_first(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if unrolled else name
 
 
-@pytest.mark.parametrize("name", map(_quick_first, SPELLINGS))
+@pytest.mark.parametrize("name", [_quick_first(name) for name in SPELLINGS])
 def test_captured_in_one_graph(name: str) -> None:
     spelling = SPELLINGS[name]
     graphs = graphs_of(spelling.build(), spelling.tokens(), fullgraph=spelling.needs_fullgraph)
