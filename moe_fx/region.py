@@ -141,7 +141,8 @@ class Region:
     """One MoE layer found in a graph.
 
     form: the dispatch spelling ("grouped_mm": rows sorted by expert; "batched_mm": each row meets
-        its own copy of the weights). program: "replicated", "gathered" or "local" (docs/design.md).
+        its own copy of the weights; "dense": every expert on every token). program: "replicated",
+        "gathered", "local", or "exchanged" (the graph holds the exchange already; docs/design.md).
     activation: best name of what happens between the expert matmuls, or "custom".
     source: ``file:line`` of the router's selection in the user's model.
     input, output: names of the graph nodes that hold the tokens and the combined result.

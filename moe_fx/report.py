@@ -24,7 +24,7 @@ _WIDTH = 120
 
 @dataclass
 class Report:
-    """regions, declined: in graph order. plans: one per region, empty if nothing was planned.
+    """regions, declined: in graph order. plans: one per region that is not "exchanged" already.
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers."""
 
     regions: list[Region] = field(default_factory=list)

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
+from moe_fx.passes.exchanged import Exchanged
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
 from moe_fx.passes.plan_for_ranks import PlanForRanks
@@ -18,7 +19,14 @@ from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
 from moe_fx.passes.verify import Verify
 
-ANALYSIS: tuple[Pass, ...] = (Normalise(), Recognise(), Plan(), Verify(), Describe())
+ANALYSIS: tuple[Pass, ...] = (
+    Normalise(),
+    Exchanged(),
+    Recognise(),
+    Plan(),
+    Verify(),
+    Describe(),
+)
 TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
 PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
 

@@ -23,6 +23,7 @@ class Context:
     group: the expert-parallel group from the options; a *gathered* program brings its own.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
+    claimed: selections that need no further look: their region exchanges tokens itself.
     """
 
     options: Options
@@ -32,6 +33,7 @@ class Context:
     regions: list[Region] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
     origin: dict[Node, Node] = field(default_factory=dict)
+    claimed: set[Node] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ def has_shared_expert(parts: Parts) -> bool:
         (user,) = node.users
         if user.target is aten.add.Tensor:
             others = [n for n in user.all_input_nodes if n is not node]
-            return len(others) == 1 and _is_matmul_of(others[0], _view_root(parts.tokens))
+            return len(others) == 1 and _is_matmul_of(others[0], view_root(parts.tokens))
         if user.target not in (*VIEWS, *ELEMENTWISE_COPIES, aten.mul.Tensor):
             return False
         node = user
     return False
 
 
-def _view_root(node: Node) -> Node:
+def view_root(node: Node) -> Node:
     while node.target in VIEWS:
         source = node.args[0]
         assert isinstance(source, Node)
@@ -56,7 +56,7 @@ def _is_matmul_of(node: Node, tokens: Node) -> bool:
     found_matmul, seen, stack = False, {node}, [node]
     while stack:
         current = stack.pop()
-        if _view_root(current) is tokens:
+        if view_root(current) is tokens:
             continue
         if len(seen) > _SEARCH_LIMIT or (current.op == "placeholder" and len(shape(current)) > 2):
             return False
@@ -65,4 +65,4 @@ def _is_matmul_of(node: Node, tokens: Node) -> bool:
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-    return found_matmul and (tokens in seen or any(_view_root(n) is tokens for n in seen))
+    return found_matmul and (tokens in seen or any(view_root(n) is tokens for n in seen))

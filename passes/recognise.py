@@ -45,6 +45,7 @@ from moe_fx.passes.roles import (
 from moe_fx.passes.router import RouterCache, recognise_router
 from moe_fx.passes.rules import Roles
 from moe_fx.passes.selectors import may_select_experts
+from moe_fx.passes.tables import check_tables
 from moe_fx.region import Declined, Parts, Region, source_of
 
 aten = torch.ops.aten
@@ -55,6 +56,8 @@ class Recognise(Pass):
         routers: RouterCache = {}
         refusals: list[tuple[Anchor, Refusal]] = []
         for anchor in find_anchors(module.graph):
+            if anchor.node in context.claimed:
+                continue
             try:
                 context.regions.append(recognise(anchor, context, routers))
             except Refusal as refusal:
@@ -170,6 +173,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
     needed = set(nodes)
     tables = [t for t in roles.tables if any(u in needed for u in t.users)]
     _check_escapes(body, needed, of)
+    check_tables(tables, tokens, body, of)
     gathers = [found for found in map(gather_above, tables) if found is not None]
     return Parts(
         select=selection.node,

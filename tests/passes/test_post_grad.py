@@ -7,6 +7,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,13 @@ def test_one_dynamic_graph_serves_every_token_count(impl: str) -> None:
 # -- routers and other spellings -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", TEMPLATES, ids=lambda layer: layer.__name__)
+# Inductor folds the factor on the logits into the softmax's own subtraction.
+FOLDED = (SharpenedSoftmax,)
+
+
+@pytest.mark.parametrize(
+    "layer", [each for each in TEMPLATES if each not in FOLDED], ids=lambda layer: layer.__name__
+)
 def test_the_score_function_is_found_in_a_decomposed_router(layer: type[Grouped]) -> None:
     graph = post_grad_graph(layer(), tokens(12, 32))
     assert not any("softmax" in op or "silu" in op for op in op_names(graph))
@@ -128,10 +135,10 @@ def test_one_expert_per_token_of_weight_one_does_not_hide_the_score_function(cou
     assert (region.router.score, region.router.verified) == ("sigmoid", True)
 
 
-@pytest.mark.parametrize("layer", [SharpenedSoftmax, SoftmaxOfSigmoid])
+@pytest.mark.parametrize("layer", [*FOLDED, SoftmaxOfSigmoid])
 def test_a_decomposed_router_that_is_no_template_is_custom(layer: type[Grouped]) -> None:
     (region,) = analysed(post_grad_graph(layer(), tokens(12, 32))).regions
-    assert region.router == CUSTOM
+    assert replace(region.router, note="") == CUSTOM
 
 
 def analysed(graph: GraphModule) -> moe_fx.Report:

@@ -1,4 +1,4 @@
-"""What every spelling is made of: the record that describes it, routers, experts, seeded weights."""
+"""What spellings are made of: the record that describes one, routers, experts, seeded weights."""
 
 from __future__ import annotations
 

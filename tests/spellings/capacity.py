@@ -111,7 +111,7 @@ class SwitchTop1(nn.Module):
 
 
 class PaddedSlots(nn.Module):
-    """Rows written to ``[E * C, H]`` at expert * C + place; those beyond capacity to a spare row."""
+    """Rows written to ``[E * C, H]`` at expert * C + place; beyond capacity, to a spare row."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()

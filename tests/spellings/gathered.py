@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_fx.region import Router
 from tests.spellings.base import (
+    BATCH,
     EXPERTS,
     HIDDEN,
     RENORMALISED,
+    SEQ,
     WIDTH,
     SoftmaxRouter,
     Spelling,
@@ -99,6 +102,40 @@ class GatheredOneHot(nn.Module):
         return torch.einsum("tkh,tk->th", rows, weights).view_as(x)
 
 
+class Gathered3d(nn.Module):
+    """Batch and sequence stay apart from the router to the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = SoftmaxRouter(), Stacked()
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.router(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self._route(x)
+        w1, w3, w2 = self.experts.w1[ids], self.experts.w3[ids], self.experts.w2[ids]
+        rows = F.silu(torch.einsum("bsh,bskfh->bskf", x, w1))
+        rows = rows * torch.einsum("bsh,bskfh->bskf", x, w3)
+        return torch.einsum("bskf,bskhf,bsk->bsh", rows, w2, weights)
+
+
+class HashRouted(Gathered3d):
+    """DeepSeek-V4's first layers: a table gives the experts of each vocabulary entry; the router
+    only weighs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        entries = torch.arange(16)
+        self.register_buffer("experts_of", torch.stack([entries * 3 % 8, (entries * 3 + 5) % 8], 1))
+        self.register_buffer("input_ids", torch.arange(BATCH * SEQ).view(BATCH, SEQ) * 7 % 16)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self.experts_of[self.input_ids]
+        weights = torch.sqrt(F.softplus(self.router.gate(x))).gather(-1, ids)
+        return weights / weights.sum(dim=-1, keepdim=True), ids
+
+
 _PLAIN = replace(RENORMALISED, renormalise=False)
 
 SPELLINGS = (
@@ -110,6 +147,16 @@ SPELLINGS = (
         router=_GPT_OSS,
         input_shape=(22, HIDDEN),
         notes="biases per expert, interleaved clamped SwiGLU, norm before and residual after",
+    ),
+    Spelling(
+        "gathered_3d", seeded(Gathered3d), "gathered weights", notes="selection over [B, S, E]"
+    ),
+    Spelling(
+        "hash_routed",
+        seeded(HashRouted),
+        "gathered weights",
+        router=Router(renormalise=True),
+        notes="ids from a table indexed by vocabulary entry: no selection by score",
     ),
     Spelling("gathered_matmul", seeded(GatheredMatmul), "gathered weights", router=_PLAIN),
     Spelling(

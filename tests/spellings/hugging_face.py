@@ -1,8 +1,8 @@
 """Blocks of transformers that bring their own dispatch: those of the ten families without
 ``use_experts_implementation`` that Dynamo captures in one graph.
 
-The other six loop over the experts that were hit, whose number is not known to the compiler: dbrx,
-longcat_flash, nllb_moe, step3p7 and switch_transformers; bamba has no experts.
+Of the other six, dbrx, longcat_flash, nllb_moe, step3p7 and switch_transformers loop over the
+experts that were hit, whose number no compiler knows, and bamba has no experts.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class MistralInference(nn.Module):
 
 
 class DeepseekTrain(nn.Module):
-    """Every pair has a row, in pair order; boolean masks pick an expert's rows and put them back."""
+    """A row per pair, in pair order; boolean masks pick an expert's rows and put them back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class DeepseekTrain(nn.Module):
 
 
 class NonzeroTokens(nn.Module):
-    """Tokens of an expert from its column of a ``[T, E]`` gate matrix, as in early DBRX and NLLB."""
+    """Tokens of an expert from its column of a ``[T, E]`` gate matrix (early DBRX, NLLB)."""
 
     def __init__(self) -> None:
         super().__init__()

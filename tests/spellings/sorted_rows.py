@@ -33,6 +33,10 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.moe_fx.grouped_mm(rows, weights, offsets)
 
 
+def scaled_sigmoid() -> nn.Module:
+    return SigmoidRouter(scale=2.5)
+
+
 Combine = Literal["scatter_add", "index_add", "bmm", "index_put"]
 
 
@@ -62,7 +66,7 @@ class Grouped(nn.Module):
 
     def __init__(
         self,
-        router: Callable[[], nn.Module] = partial(SigmoidRouter, 2.5),
+        router: Callable[[], nn.Module] = scaled_sigmoid,
         counts: Callable[[Tensor], Tensor] = counted_by_histc,
         combine: Combine = "scatter_add",
         before: bool = False,
