@@ -58,7 +58,7 @@ _SUMS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExchangedParts(Parts):
     """The nodes of a region that holds its own exchange; see `Parts` for what is inherited.
 
@@ -121,7 +121,15 @@ class _Candidate:
             raise Refusal(
                 "the number of experts or of selected experts is no constant", self.select
             )
-        return Selection(self.select, tokens, experts, k)
+        return Selection(
+            self.select,
+            tokens,
+            experts,
+            k,
+            selectors=(self.select,),
+            lead=(tokens,),
+            columns=experts,
+        )
 
     def bind(self) -> Region:
         """The region; raises `Refusal` for what a pair of exchanges must have and has not."""
