@@ -1,7 +1,7 @@
 """pytest plugin of moe_fx: the fixture ``moe_fx_ranks``.
 
-pytest loads it in every session where moe_fx is installed, so it stands outside the package and
-imports neither that nor torch before a test asks for ranks.
+pytest loads it in every session where moe_fx is installed, so it is installed as ``moe_fx_pytest``,
+outside the package, and imports neither that nor torch before a test asks for ranks.
 """
 
 from __future__ import annotations
