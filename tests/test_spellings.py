@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -73,12 +71,8 @@ def test_scarce_capacity_drops_tokens(scarce: str, ample: str) -> None:
     assert relative_error(kept, dropped) > 1e-2
 
 
-def _quick_first(name: str) -> Any:
-    unrolled = SPELLINGS[name].dispatch == "loop" and name != "classic_mixtral"
-    return pytest.param(name, marks=pytest.mark.slow) if unrolled else name
-
-
-@pytest.mark.parametrize("name", [_quick_first(name) for name in SPELLINGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_captured_in_one_graph(name: str) -> None:
     spelling = SPELLINGS[name]
     graphs = graphs_of(spelling.build(), spelling.tokens(), fullgraph=spelling.needs_fullgraph)

@@ -46,7 +46,6 @@ CASES_BY_DAY = {
     *((family, "grouped_mm", torch.float32) for family in MODELS),
     ("qwen3_moe", "batched_mm", torch.float32),
     ("gpt_oss", "batched_mm", torch.float32),
-    ("deepseek_v3", "grouped_mm", torch.bfloat16),
 }
 CASES = [
     pytest.param(*case, marks=[] if case in CASES_BY_DAY else [pytest.mark.slow])
@@ -419,6 +418,7 @@ def test_the_key_is_of_the_sources_wherever_they_are_and_changes_with_them(
     assert moe_fx.MoEPass().uuid() != before
 
 
+@pytest.mark.slow
 def test_a_warm_cache_serves_the_same_options_only() -> None:
     """Real Inductor: the second compilation comes from the cache, and never runs the pass; the
     third, with other options, does not."""

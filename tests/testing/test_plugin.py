@@ -43,6 +43,7 @@ def test_pools_are_shared_by_size(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_page_for_downstream_projects_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"\(`(\w+\.py)`\):\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [name for name, _ in blocks] == ["my_moe.py", "test_my_moe.py"]
