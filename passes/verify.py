@@ -93,7 +93,9 @@ def difference(alone: Extract, region: Region, plan: ExchangePlan) -> Verificati
 def _tolerance(region: Region) -> float:
     """That of the coarsest dtype the rows pass through: a result in float32 may come from
     experts in bfloat16."""
-    dtypes = {value(node).dtype for node in region.parts.nodes if isinstance(value(node), Tensor)}
+    parts = region.parts
+    rows = (*parts.dispatched, *parts.body, *parts.post, parts.combined)
+    dtypes = {value(node).dtype for node in rows if isinstance(value(node), Tensor)}
     return max((_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE), default=1e-4)
 
 

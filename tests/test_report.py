@@ -45,7 +45,7 @@ def test_a_region_says_how_it_was_verified(found: Report) -> None:
         assert seen is not None
         assert seen.routings == (
             "random routing",
-            "all tokens to one expert",
+            "only the last experts",
             "only the first experts",
         )
         assert seen.ranks == 4
@@ -205,7 +205,7 @@ def test_every_node_of_a_region_is_in_one_part(found: Report) -> None:
 
 def test_what_was_verified_and_planned_is_on_the_page(page: str) -> None:
     text = " ".join(re.sub(r"<[^>]+>", "", page).split())
-    assert "by value: random routing; all tokens to one expert; only the first experts" in text
+    assert "by value: random routing; only the last experts; only the first experts" in text
     assert re.search(r"on 4 ranks; largest relative difference \d\.\de-\d\d", text)
     assert "alltoall, 4 ranks of 4 experts; the host waits at moe_fx::split_sizes" in text
 
