@@ -5,7 +5,7 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -38,9 +38,11 @@ __all__ = [
     "export_functional",
     "graph_breaks",
     "group_store",
+    "number",
     "real_tensors",
     "resolve_group",
     "statically_known_true",
+    "symbols",
 ]
 
 
@@ -129,6 +131,26 @@ class FakeValues:
         if bindings:
             node.meta["unbacked_bindings"] = bindings
         return value
+
+
+def symbols(sizes: Iterable[Any], unknown: int) -> dict[Any, int]:
+    """The free symbols of ``sizes`` and the number each had at capture, ``unknown`` for a
+    data-dependent one."""
+    found: dict[Any, int] = {}
+    for size in sizes:
+        if isinstance(size, SymInt):
+            single = size.node.expr.is_symbol and size.node.has_hint()
+            for symbol in size.node.expr.free_symbols:
+                if single:
+                    found[symbol] = int(size.node.hint)
+                else:
+                    found.setdefault(symbol, unknown)
+    return found
+
+
+def number(size: Any, values: Mapping[Any, int]) -> int:
+    """``size`` with numbers for its symbols (`symbols`)."""
+    return int(size.node.expr.subs(values)) if isinstance(size, SymInt) else int(size)
 
 
 def decomposed(node: Node) -> GraphModule | None:

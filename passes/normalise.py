@@ -23,6 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.contraction import parsed
 from moe_fx.passes.decomposed import CHAINS, Spelling
 from moe_fx.passes.roles import FRESH_BUFFERS, argument, shape, value
 
@@ -139,10 +140,30 @@ def _broadcast_in_dim(node: Node) -> Spelling | None:
     return None
 
 
+def _einsum(node: Node) -> Spelling | None:
+    """Of three operands: the two with the most letters first, then the third."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    read = parsed(equation) if len(operands) == 3 else None
+    if read is None:
+        return None
+    letters, out = read
+    order = sorted(range(3), key=lambda at: -len(letters[at]))
+    one, other, last = (letters[at] for at in order)
+    kept = "".join(x for x in dict.fromkeys(one + other) if x in last + out)
+    first = node.graph.call_function(
+        aten.einsum.default, (f"{one},{other}->{kept}", [operands[at] for at in order[:2]])
+    )
+    node.prepend(first)
+    first.meta = {**node.meta, "val": first.target(first.args[0], [value(n) for n in first.args[1]])}  # type: ignore[operator]
+    return aten.einsum.default, (f"{kept},{last}->{out}", [first, operands[order[2]]]), {}
+
+
 SPELLINGS: dict[Any, Callable[[Node], Spelling | None]] = {
     aten.type_as.default: _type_as,
     prims.convert_element_type.default: _convert_element_type,
     aten.t.default: _t,
+    aten.einsum.default: _einsum,
     aten.permute.default: _permute,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,

@@ -1,0 +1,364 @@
+"""Read a region by value: any spelling whose experts' body can be laid out by rows.
+
+Contract. In: a selection. Out: `Reading`: tokens, ids, weights, body and result such that
+
+    result = base + sum over k of weights[t, k] * body(expert ids[t, k], tokens[t])
+
+(or with the weights inside, on the tokens), proved on random tokens, parameters and router logits:
+random, one expert for all, ties, extreme scores, fewer and more tokens than captured where their
+number is not fixed. Raises `Refusal` with the first condition that failed.
+
+How rows travel between tokens and experts (index, one-hot matmul, capacity buffer, mask, loop) is
+never looked at: only that the result is as above. So any dispatch is read, and a dispatch that does
+anything else is refused with what it did to the values. Where a token's row is dropped the weight
+that the model gives it is zero.
+
+Pseudo-code::
+
+    starts = first op that reads a table of experts, or the E copies of an unrolled body
+    for each node that all of their results flow into and that has a row per token:
+        body = the experts' part of what is above it, by rows (`row_layout.py`)
+        run the graph from logits and tokens to it, and the body on the pairs
+        ids, weights = those of the router's values with which the sum is the result
+        the same holds in every further trial -> Reading
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from moe_fx.passes.anchors import Anchor, select
+from moe_fx.passes.copies import Copies, Pairing, paired
+from moe_fx.passes.roles import (
+    ELEMENTWISE_COPIES,
+    Refusal,
+    Selection,
+    argument,
+    is_integer,
+    is_pointwise,
+    same,
+    shape,
+    tensor_inputs,
+    value,
+)
+from moe_fx.passes.row_layout import Body, RowLayout
+from moe_fx.passes.selectors import is_lookup_of_ids
+from moe_fx.passes.surroundings import Surroundings, inner_selectors, post_dominators
+from moe_fx.passes.trials import Trials
+from moe_fx.passes.weighing import Ids, Weighing, prove
+
+aten = torch.ops.aten
+
+_LOOK_AHEAD = 400
+_CANDIDATES = 6
+_CUTS = 4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found and proved. tokens: ``[.., H]``, the last dim features. result: the captured
+    node; base: what the rows are added to (None: zeros). body: from sorted rows to the experts'
+    rows, ``cut`` of the captured graph; nodes: the captured nodes that the reading replaces."""
+
+    selection: Selection
+    tokens: Node
+    ids: Ids
+    weighing: Weighing
+    body: Body
+    cut: Node
+    result: Node
+    base: Node | None
+    nodes: tuple[Node, ...]
+    trials: tuple[str, ...]
+    form: str
+
+
+def read(anchor: Anchor, graph: Graph, copies: Copies, training: bool) -> Reading:
+    """The region of ``anchor``'s selection."""
+    attempts = Attempts(Refusal("no op on tokens reads a table of experts", anchor.node, 1))
+    for selection in _selections(anchor):
+        reader = _Reader(anchor, selection, graph, copies, training)
+        for starts, pairing in reader.starts():
+            with attempts:
+                return reader.read(starts, pairing)
+    raise attempts.furthest
+
+
+class Attempts:
+    """``with attempts: return …``: a refusal is kept, if none got further, and the next is tried."""
+
+    def __init__(self, otherwise: Refusal) -> None:
+        self.furthest = otherwise
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Refusal):
+            return False
+        if error.progress > self.furthest.progress:
+            self.furthest = error
+        return True
+
+
+class _Reader:
+    def __init__(
+        self,
+        anchor: Anchor,
+        selection: Selection,
+        graph: Graph,
+        copies: Copies,
+        training: bool,
+    ) -> None:
+        self.selection = selection
+        self.anchor, self.graph, self.copies, self.training = anchor, graph, copies, training
+        self.around = Surroundings(self.selection)
+        if not self.around.logits:
+            raise Refusal("no scores of experts were found above the selection", anchor.node, 0)
+        self.ids = _ids(anchor, selection)
+
+    # -- where experts are ---------------------------------------------------------------------
+
+    def starts(self) -> Iterator[tuple[list[Node], Pairing]]:
+        first = min(self.around.scored or self.around.logits)
+        stacked = next((n for n in self._from(first) if self._reads_table(n)), None)
+        if stacked is not None:
+            yield [stacked], Pairing()
+        num = self.selection.num_experts
+        if num > 1:
+            yield from islice(self._unrolled(num, first), _CUTS)
+
+    def _from(self, first: Node) -> Iterator[Node]:
+        node = first
+        while node.op != "output":
+            yield node
+            node = node.next
+
+    def _reads_table(self, node: Node) -> bool:
+        if node.op != "call_function" or node in self.around.logits:
+            return False
+        if self.around.what(node) not in ("mixed", "activation"):
+            return False
+        return any(map(self._is_stacked, tensor_inputs(node)))
+
+    def _is_stacked(self, node: Node) -> bool:
+        if self.around.what(node) == "table":
+            return len(shape(node)) > 2
+        dims = shape(node)
+        return (
+            len(dims) > 2
+            and any(same(size, self.selection.num_experts) for size in dims)
+            and value(node).dtype.is_floating_point
+            and self.around.what(node) == "parameter"
+        )
+
+    def _unrolled(
+        self, num: int, first: Node
+    ) -> Iterator[tuple[list[Node], Pairing]]:
+        around = self.around
+
+        def is_parameter(node: Node) -> bool:
+            return around.what(node) == "parameter"
+
+        def outside(node: Node) -> bool:
+            return around.what(node) in ("route", "buffer") or (
+                around.what(node) == "activation" and around.is_above(node)
+            )
+
+        for nodes in self.copies.of(num, lambda node: first < node):
+            if around.what(nodes[0]) not in ("mixed", "activation"):
+                continue
+            pairing = paired(nodes, outside, is_parameter)
+            if pairing and any(len(shape(leaf)) > 1 for leaf in pairing.differ):
+                yield nodes, pairing
+
+    # -- what they are -------------------------------------------------------------------------
+
+    def read(self, starts: list[Node], pairing: Pairing) -> Reading:
+        tokens = self.around.tokens_of(starts[0], pairing.inside)
+        attempts = Attempts(
+            Refusal("the experts' rows are never all summed to one row per token", starts[0], 4)
+        )
+        for result in self._results(starts):
+            with attempts:
+                return self._reading(tokens, starts, pairing, result)
+        raise attempts.furthest
+
+    def _results(self, starts: list[Node]) -> Iterator[Node]:
+        found = (
+            node
+            for node in post_dominators(starts, _LOOK_AHEAD + 8 * len(starts))
+            if self.around.is_token_shaped(node) and self.around.what(node) == "mixed"
+        )
+        return islice(found, _CANDIDATES)
+
+    def _reading(
+        self,
+        tokens: list[Node],
+        starts: list[Node],
+        pairing: Pairing,
+        result: Node,
+    ) -> Reading:
+        layout = RowLayout(
+            tokens,
+            self.selection.num_experts,
+            lambda node: self.around.what(node) == "route",
+            lambda node: self.around.what(node) == "parameter",
+            pairing.differ,
+        )
+        if pairing.differ:
+            cut = starts[0]
+            layout.lay(cut)
+        else:
+            cut = self._cut(layout, tokens, result)
+        laid = layout.laid[cut]
+        if laid.kind != "rows" or not laid.met or laid.node is None:
+            raise Refusal("the rows meet no expert's matrix", cut, 3)
+        body = layout.body
+        body.finish(laid.node)
+        if not any(n.target in _MATMULS for n in body.graph.nodes):
+            raise Refusal("the rows meet no expert's matrix", cut, 3)
+        trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
+        base = _base(trials, self.around, [*tokens, *starts], result)
+        weighing, tried = prove(trials, self.ids, body, base, self.training)
+        return Reading(
+            selection=self.selection,
+            tokens=tokens[0],
+            ids=self.ids,
+            weighing=weighing,
+            body=body,
+            cut=cut,
+            result=result,
+            base=base,
+            nodes=tuple(trials.nodes),
+            trials=tried,
+            form=self._form(pairing, trials.nodes),
+        )
+
+    def _cut(self, layout: RowLayout, tokens: list[Node], result: Node) -> Node:
+        """The experts' result: the last op above ``result`` in which rows meet a table."""
+        above = self._between(tokens, result)
+        first: Refusal | None = None
+        for node in above:
+            try:
+                layout.lay(node)
+            except Refusal as refusal:
+                first = first or refusal
+        if not layout.met:
+            raise first or Refusal("the rows meet no table of experts", result, 3)
+        cut = max(layout.met)
+        inside = set(self._between(tokens, cut))
+        apart = [node for node in layout.met if node not in inside]
+        if apart:
+            raise Refusal("the experts have more than one result", apart[0], 4)
+        while len(cut.users) == 1:
+            (user,) = cut.users
+            if user is result or user not in layout.laid or not _is_scaled(user, cut, layout):
+                break
+            cut = user
+        return cut
+
+    def _between(self, tokens: list[Node], end: Node) -> list[Node]:
+        """What ``end`` is made of, from the tokens on: no routing, no parameters."""
+        found, stack = {end}, [end]
+        while stack:
+            for source in tensor_inputs(stack.pop()):
+                if source in found or source in tokens:
+                    continue
+                if self.around.what(source) in ("mixed", "activation", "table"):
+                    found.add(source)
+                    stack.append(source)
+        return sorted(n for n in found if not self.around.is_above(n))
+
+    def _form(self, pairing: Pairing, nodes: Sequence[Node]) -> str:
+        if pairing.differ:
+            return "loop"
+        targets = {node.target for node in nodes}
+        if any("grouped_mm" in str(target) for target in targets):
+            return "grouped_mm"
+        looked_up = [
+            n
+            for n in nodes
+            if n.target in (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
+            and self.around.what(n.args[0]) == "parameter"  # type: ignore[arg-type]
+            and len(shape(n.args[0])) > 2
+        ]
+        return "batched_mm" if looked_up else "dense"
+
+
+_MATMULS = (torch.ops.moe_fx.grouped_mm.default,)
+
+
+def _is_scaled(user: Node, cut: Node, layout: RowLayout) -> bool:
+    """Whether ``user`` is a cast, or a product with constants, of the experts' rows."""
+    if user.target in ELEMENTWISE_COPIES:
+        return True
+    others = [n for n in tensor_inputs(user) if n is not cut]
+    return is_pointwise(user) and all(layout.laid[n].kind == "constant" for n in others)
+
+
+def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node) -> Node | None:
+    """What the experts' rows are added to, if that is not zeros. ``others`` are known to be rows."""
+    region = {*trials.nodes}
+    found = [
+        node
+        for node in [*trials.inputs, *trials.nodes]
+        if node not in others
+        and around.is_token_shaped(node)
+        and len(shape(node)) == len(shape(result))
+        and same(shape(node)[-1], shape(result)[-1])
+        and around.what(node) == "activation"
+        and any(user in region and around.what(user) == "mixed" for user in node.users)
+    ]
+    if len(found) > 1:
+        names = ", ".join(node.name for node in found)
+        raise Refusal(f"the experts' rows are added to more than one tensor: {names}", result, 4)
+    return found[0] if found else None
+
+
+def _selections(anchor: Anchor) -> list[Selection]:
+    """What the anchor may select: of as many experts as there are scores, or as something that it
+    indexes has entries. Several selections of one expert each, one after the other, (GShard's two
+    argmaxes) select that many."""
+    selection = select(anchor)
+    singles = [n for n in inner_selectors(selection) if n.target in _SINGLE]
+    if len(singles) > 1 and all(n.target in _SINGLE for n in anchor.selectors):
+        selection = replace(
+            selection, top_k=len(singles), selectors=tuple(singles), distinct=False
+        )
+    found = [selection]
+    if selection.columns not in (0, selection.num_experts):
+        found.insert(0, replace(selection, num_experts=selection.columns))
+    return found
+
+
+_SINGLE = (aten.max.dim, aten.argmax.default)
+
+
+def _ids(anchor: Anchor, selection: Selection) -> Ids:
+    """The nodes that hold the selected experts, ``[T, K]`` in one or ``[T, 1]`` each."""
+    node = anchor.ids
+    if node is not None and is_integer(node) and _columns(node, selection) == selection.top_k:
+        return Ids((node,))
+    found: list[Node] = []
+    for selector in selection.selectors:
+        if isinstance(value(selector), Tensor) or is_lookup_of_ids(selector):
+            found.append(selector)
+        else:
+            found += [n for n in selector.users if argument(n, 1, "index") == 1]
+    if sum(_columns(n, selection) for n in found) != selection.top_k:
+        raise Refusal("the selected ids are not one matrix", anchor.node, 1)
+    return Ids(tuple(found))
+
+
+def _columns(node: Node, selection: Selection) -> int:
+    dims, lead = shape(node), selection.lead
+    if len(dims) == len(lead):
+        return 1
+    last = dims[-1]
+    return last if isinstance(last, int) else 0

@@ -1,0 +1,274 @@
+"""What a node near a selection is made of: routing, tokens, parameters, or rows made of both.
+
+Kinds, relative to one selection:
+
+- *route*: computed from the router's logits (or from ids given from outside), and of nothing else
+  that varies with the tokens;
+- *parameter*: views, casts and the like of one parameter, input or gathered shard;
+- *buffer*: its entries depend on no tensor's;
+- *activation*: anything else that no selected index is needed for, the tokens among them;
+- *table*: looked up in a parameter by routing values: each row's own entry;
+- *mixed*: of routing and activations: dispatched or weighted rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.names import view_root
+from moe_fx.passes.roles import (
+    ELEMENTWISE_COPIES,
+    VIEWS,
+    Refusal,
+    Selection,
+    is_integer,
+    same,
+    shape,
+    tensor_inputs,
+    value,
+)
+from moe_fx.passes.row_layout import is_buffer
+from moe_fx.passes.selectors import is_selector
+
+aten = torch.ops.aten
+
+What = Literal["route", "parameter", "table", "buffer", "activation", "mixed"]
+
+_SCORES = (
+    aten.linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.embedding.default,
+    aten.einsum.default,
+)
+_REPEATS = (
+    *VIEWS,
+    *ELEMENTWISE_COPIES,
+    aten.repeat.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.repeat_interleave.self_int,
+    aten.transpose.int,
+    aten.stack.default,
+)
+
+
+class Surroundings:
+    """logits: where routing begins. scored: what the logits are computed from."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.logits = _logits(selection)
+        scored = [_first_operand(node) for node in self.logits]
+        self.scored = [node for node in scored if node is not None]
+        self._above = _ancestors(self.scored)
+        self._what: dict[Node, What] = {node: "route" for node in self.logits}
+        self._what |= {node: "route" for node in selection.selectors}
+
+    def what(self, node: Node) -> What:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if current not in self._what:
+                missing = [n for n in self._needed(current) if n not in self._what]
+                if missing:
+                    stack += missing
+                    continue
+                self._what[current] = self._judge(current)
+            stack.pop()
+        return self._what[node]
+
+    def _needed(self, node: Node) -> list[Node]:
+        if node in self._above or is_buffer(node) or gather_of(node) is not None:
+            return []
+        return tensor_inputs(node) if node.op == "call_function" else []
+
+    def _judge(self, node: Node) -> What:
+        if node in self._above:
+            return "activation"
+        if is_buffer(node):
+            return "buffer"
+        if gather_of(node) is not None:
+            return "parameter"
+        if node.op != "call_function":
+            return "activation" if self._counts_tokens(node) else "parameter"
+        sources = tensor_inputs(node)
+        kinds = {self._what[n] for n in sources}
+        if not kinds or kinds == {"buffer"}:
+            return "buffer"
+        if self._scores_given_ids(node, kinds):
+            self.logits.append(node)
+            return "route"
+        if "mixed" in kinds or {"route", "activation"} <= kinds:
+            return "mixed"
+        if "table" in kinds:
+            return "mixed" if "activation" in kinds else "table"
+        if "route" in kinds:
+            looked_up = any(self._what[n] == "parameter" and _is_table(n) for n in sources)
+            return "table" if looked_up else "route"
+        return "activation" if "activation" in kinds else "parameter"
+
+    def is_above(self, node: Node) -> bool:
+        """Whether the logits are computed from ``node``."""
+        return node in self._above
+
+    def _scores_given_ids(self, node: Node, kinds: set[What]) -> bool:
+        """Where ids are given, logits are read only to weigh: a score per token and expert."""
+        dims = shape(node)
+        return (
+            self.selection.looked_up
+            and node.target in _SCORES
+            and kinds <= {"activation", "parameter"}
+            and len(dims) > 1
+            and dims[-1] == self.selection.num_experts
+            and _leads(dims, self.selection)
+        )
+
+    def _counts_tokens(self, node: Node) -> bool:
+        """An input of the graph with a row per token, where no logits tell what the tokens are."""
+        dims, lead = shape(node), self.selection.lead or (self.selection.num_tokens,)
+        if not dims or self.scored or not isinstance(value(node), Tensor):
+            return False
+        return len(dims) >= len(lead) and all(map(same, dims, lead)) and not is_integer(node)
+
+    # -- the tokens ----------------------------------------------------------------------------
+
+    def tokens_of(self, node: Node, experts: Collection[Node]) -> list[Node]:
+        """The tokens that the rows of ``node`` are made of: views of one tensor, each with a row
+        per token. ``experts``: nodes known to be experts' rows. Raises `Refusal` if there is not
+        exactly one such tensor."""
+        found: dict[Node, None] = {}
+        seen, stack = {node}, list(tensor_inputs(node))
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            what = self.what(current)
+            if what == "mixed" or (what == "activation" and current in experts):
+                stack += tensor_inputs(current)
+            elif what == "activation":
+                found[self._one_row_per_token(current)] = None
+        roots = {view_root(tokens) for tokens in found}
+        if len(roots) != 1:
+            names = ", ".join(sorted(n.name for n in found)) or "none"
+            raise Refusal(f"the experts' rows are made of {names}, expected one tensor", node, 2)
+        return list(found)
+
+    def _one_row_per_token(self, node: Node) -> Node:
+        current = node
+        while not self.is_token_shaped(current):
+            if current.target not in _REPEATS or not tensor_inputs(current):
+                raise Refusal(
+                    f"{node} {list(shape(node))} does not hold the {self.selection.num_tokens} "
+                    "tokens that experts are selected for",
+                    node,
+                    2,
+                )
+            current = tensor_inputs(current)[0]
+        return current
+
+    def is_token_shaped(self, node: Node) -> bool:
+        """``[T, H]``, or with the tokens counted by several dims."""
+        dims = shape(node)
+        if len(dims) < 2 or not value(node).dtype.is_floating_point:
+            return False
+        total: Any = 1
+        for size in dims[:-1]:
+            total = total * size
+        return same(total, self.selection.num_tokens) and isinstance(dims[-1], int)
+
+
+def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:
+    """Nodes that all paths from ``starts`` to the end of the graph pass through, in order; at most
+    ``limit`` nodes are looked at."""
+    import heapq
+
+    seen = {user for node in starts for user in node.users}
+    queue = list(seen)
+    heapq.heapify(queue)
+    while queue and limit:
+        limit -= 1
+        node = heapq.heappop(queue)
+        if node.op == "output":
+            return
+        if not queue:
+            yield node
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(queue, user)
+
+
+def _is_table(node: Node) -> bool:
+    return len(shape(node)) > 1 and value(node).dtype.is_floating_point
+
+
+def _logits(selection: Selection) -> list[Node]:
+    """Where the scores that experts are selected by come from; ids, if they are given."""
+    if selection.looked_up:
+        return [selection.node]
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    stack: list[Any] = [node.args[0] for node in selection.selectors]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _SCORES:
+            found[node] = None
+        elif node.op != "call_function":
+            if shape(node) and _leads(shape(node), selection):
+                found[node] = None
+        else:
+            stack += tensor_inputs(node)
+    return list(found)
+
+
+def inner_selectors(selection: Selection) -> list[Node]:
+    """The selection's ops and those that its scores are made with, in graph order."""
+    found, stack = set(selection.selectors), list(selection.selectors)
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if is_selector(node):
+            found.add(node)
+        for source in tensor_inputs(node):
+            if source not in seen and source.target not in _SCORES:
+                seen.add(source)
+                stack.append(source)
+    return sorted(found)
+
+
+def _leads(dims: tuple[Any, ...], selection: Selection) -> bool:
+    if len(dims) > 1 and same(dims[0], selection.num_tokens):
+        return True
+    lead = selection.lead
+    return len(dims) >= len(lead) and all(map(same, dims, lead))
+
+
+def _first_operand(node: Node) -> Node | None:
+    if node.op != "call_function" or node.target not in _SCORES:
+        return None
+    sources = tensor_inputs(node)
+    at = 1 if node.target is aten.addmm.default else 0
+    return sources[at] if len(sources) > at else None
+
+
+def _ancestors(nodes: list[Node]) -> set[Node]:
+    found, stack = set(nodes), list(nodes)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found

@@ -1,0 +1,296 @@
+"""Which of a router's values weigh the experts' rows, found and proved by value.
+
+Contract. ``prove(trials, …)`` returns the `Weighing` with which the weighted sum of the body's rows
+is the captured result, in every trial, and the names of the trials. Raises `Refusal` saying by how
+much the nearest one missed.
+
+Pseudo-code::
+
+    pairs = body(tokens of each pair, its expert)
+    for each value of the router that has an entry per pair, or per token and expert (latest first):
+        equal(result, base + sum(value * pairs)), or with the value on the tokens -> that is it
+    the same, times a mask of pairs (what a capacity drops)
+    in every further trial: equal, or Refusal
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.roles import Refusal, Selection, same, shape, value
+from moe_fx.passes.row_layout import Body
+from moe_fx.passes.trials import Trials, Values, call
+
+Shape = Literal["pairs", "experts", "experts first", "places", "ones"]
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+_MASKS = 4
+_SECONDS = 30.0
+_AT_LEAST = 4
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Nodes whose entries, side by side, are the ids ``[T, K]``."""
+
+    nodes: tuple[Node, ...]
+
+    def matrix(self, values: Values, top_k: int) -> Tensor:
+        each = top_k // len(self.nodes)
+        return torch.cat([values[node].reshape(-1, each) for node in self.nodes], 1)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """node: the routing values, or None for ones. shape: an entry for each pair; for each token and
+    expert ``[T, E]`` or ``[E, T]``; for each token, expert and place ``[T, E, C]``. mask: which
+    pairs count (None: all). before: the tokens are multiplied, not the experts' rows."""
+
+    node: Node | None
+    shape: Shape
+    mask: Node | None = None
+    before: bool = False
+
+    def matrix(self, values: Values, ids: Tensor) -> Tensor | None:
+        """``[T, K]`` weights."""
+        if self.node is None:
+            return None
+        weights = values[self.node]
+        num_tokens, top_k = ids.shape
+        if self.shape == "pairs":
+            weights = weights.reshape(num_tokens, top_k)
+        else:
+            if self.shape == "experts first":
+                weights = weights.reshape(weights.shape[0], num_tokens).t()
+            elif self.shape == "places":
+                weights = weights.sum(-1)
+            weights = weights.reshape(num_tokens, -1).gather(1, ids.long())
+        if self.mask is not None:
+            weights = weights * values[self.mask].reshape(num_tokens, top_k)
+        return weights
+
+
+def prove(
+    trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool
+) -> tuple[Weighing, tuple[str, ...]]:
+    started = time.perf_counter()
+    tolerance = _tolerance(trials, body)
+    first, *others = trials.cases
+    sample = _Sample(trials, ids, body, base, trials.run(first))
+    found = _search(sample, tolerance)
+    if found is None:
+        raise Refusal(
+            "the result is not the weighted sum of the experts' rows: relative difference "
+            f"{sample.best:.1e} at the least, with {first.name}",
+            trials.result,
+            6,
+        )
+    tried = [first.name]
+    for case in others:
+        if time.perf_counter() - started > _SECONDS and len(tried) >= _AT_LEAST:
+            break
+        sample = _Sample(trials, ids, body, base, trials.run(case))
+        error = sample.error(found)
+        if error > tolerance:
+            raise Refusal(
+                "the result is not the weighted sum of the experts' rows: relative difference "
+                f"{error:.1e} with {case.name}",
+                trials.result,
+                6,
+            )
+        tried.append(case.name)
+    if training:
+        _check_gradients(trials, ids, body, base, found, tolerance)
+        tried.append("gradients")
+    return found, tuple(tried)
+
+
+def _search(sample: _Sample, tolerance: float) -> Weighing | None:
+    plain = list(_candidates(sample.trials))
+    for weighing in plain:
+        if sample.error(weighing) <= tolerance:
+            return weighing
+    if sample.body.weighed:
+        for weighing in plain:
+            moved = replace(weighing, before=True)
+            if weighing.node is not None and sample.error(moved) <= tolerance:
+                return moved
+    masks = list(_pair_masks(sample.trials))[:_MASKS]
+    for mask in masks:
+        for weighing in plain:
+            masked = replace(weighing, mask=mask)
+            if weighing.node is not None and sample.error(masked) <= tolerance:
+                return masked
+    return None
+
+
+def _candidates(trials: Trials) -> Iterator[Weighing]:
+    selection = trials.selection
+    for node in reversed([*trials.inputs, *trials.nodes]):
+        if not isinstance(value(node), Tensor) or trials.around.what(node) != "route":
+            continue
+        if value(node).dtype.is_floating_point:
+            kind = _shape_of(node, selection)
+            if kind is not None:
+                yield Weighing(node, kind)
+    yield Weighing(None, "ones")
+
+
+def _shape_of(node: Node, selection: Selection) -> Shape | None:
+    dims, lead = shape(node), selection.lead or (selection.num_tokens,)
+    if _is_per_pair(node, selection):
+        return "pairs"
+    experts = max(selection.num_experts, selection.columns)
+    tokens = selection.num_tokens
+    if len(dims) >= 2 and same(dims[-1], experts) and _counts(dims[:-1], tokens):
+        return "experts"
+    if len(dims) == 2 and same(dims[0], experts) and same(dims[1], tokens):
+        return "experts first"
+    if len(dims) == len(lead) + 2 and same(dims[-2], experts) and _counts(dims[:-2], tokens):
+        return "places"
+    return None
+
+
+def _is_per_pair(node: Node, selection: Selection) -> bool:
+    dims = shape(node)
+    return bool(dims) and (
+        _counts(dims, selection.num_pairs)
+        and (same(dims[-1], selection.top_k) or same(dims[-1], 1) or len(dims) == 1 or selection.top_k == 1)
+    )
+
+
+def _counts(dims: tuple[object, ...], total: object) -> bool:
+    product: object = 1
+    for size in dims:
+        product = product * size  # type: ignore[operator]
+    return same(product, total)
+
+
+def _pair_masks(trials: Trials) -> Iterator[Node]:
+    for node in reversed(trials.nodes):
+        val = value(node)
+        if (
+            isinstance(val, Tensor)
+            and trials.around.what(node) == "route"
+            and val.dtype == torch.bool
+            and _is_per_pair(node, trials.selection)
+        ):
+            yield node
+
+
+class _Sample:
+    """One trial, and the body's rows on its pairs."""
+
+    def __init__(
+        self, trials: Trials, ids: Ids, body: Body, base: Node | None, values: Values
+    ) -> None:
+        self.trials, self.body, self.values = trials, body, values
+        self.ids = ids.matrix(values, trials.selection.top_k)
+        experts = trials.selection.num_experts
+        if int(self.ids.min()) < 0 or int(self.ids.max()) >= experts:
+            raise Refusal(f"ids beyond the {experts} experts are selected", trials.result, 5)
+        flat = self.ids.reshape(-1)
+        self.sorted, self.order = torch.sort(flat, stable=True)
+        self.offsets = torch.bincount(flat.long(), minlength=experts).cumsum(0)
+        tokens = values[trials.tokens[0]]
+        self.tokens = tokens.reshape(-1, tokens.shape[-1])
+        result = values[trials.result]
+        self.expected = (result if base is None else result - values[base]).flatten(0, -2)
+        self.scale = float(result.detach().double().abs().max().clamp_min(1e-30))
+        self.best = float("inf")
+        self._plain: Tensor | None = None
+
+    def found(self, weighing: Weighing) -> Tensor:
+        """``[T, H]``: what the reading says the result is."""
+        weights = weighing.matrix(self.values, self.ids)
+        if weights is not None and weighing.before:
+            rows = self._rows(weights)
+            weights = None
+        else:
+            if self._plain is None:
+                self._plain = self._rows(None)
+            rows = self._plain
+        pairs = torch.empty_like(rows).index_copy(0, self.order, rows)
+        pairs = pairs.view(*self.ids.shape, *rows.shape[1:])
+        if weights is not None:
+            pairs = pairs * weights.unsqueeze(-1)
+        return pairs.sum(1)
+
+    def _rows(self, before: Tensor | None) -> Tensor:
+        top_k = self.ids.shape[1]
+        rows = self.tokens[self.order // top_k]
+        if before is not None:
+            rows = (rows * before.reshape(-1, 1)[self.order]).to(rows.dtype)
+        body = self.body
+        values: Values = {body.rows: rows, body.ids: self.sorted, body.offsets: self.offsets}
+        for placeholder, of in body.operands.items():
+            values[placeholder] = (
+                self.values[of] if isinstance(of, Node) else torch.stack([self.values[n] for n in of])
+            )
+        for node in body.graph.nodes:
+            if node.op == "call_function":
+                values[node] = call(node, values)
+        return values[body.graph.output_node().args[0]]  # type: ignore[index]
+
+    def error(self, weighing: Weighing) -> float:
+        try:
+            found = self.found(weighing)
+        except (RuntimeError, IndexError) as error:
+            raise Refusal(f"the experts' body could not be run by rows: {error}", self.trials.result, 4) from None
+        if found.shape != self.expected.shape:
+            return float("inf")
+        difference = (found.double() - self.expected.double()).abs().max() / self.scale
+        error = float(difference)
+        error = error if error == error else float("inf")
+        self.best = min(self.best, error)
+        return error
+
+
+def _tolerance(trials: Trials, body: Body) -> float:
+    dtypes = {
+        value(n).dtype
+        for n in [*trials.inputs, *trials.nodes]
+        if isinstance(value(n), Tensor) and value(n).dtype in TOLERANCE
+    }
+    return max((TOLERANCE[dtype] for dtype in dtypes), default=1e-4)
+
+
+def _check_gradients(
+    trials: Trials, ids: Ids, body: Body, base: Node | None, weighing: Weighing, tolerance: float
+) -> None:
+    """Of tokens, logits and small parameters: those of the graph and of the reading are equal."""
+    with torch.enable_grad():
+        values = trials.run(trials.cases[0], gradients=True)
+        sample = _Sample(trials, ids, body, base, values)
+        leaves = [
+            values[n]
+            for n in trials.inputs
+            if isinstance(values[n], Tensor) and values[n].requires_grad and values[n].numel() <= _SMALL
+        ]
+        found = sample.found(weighing)
+        cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+        pairs = [
+            torch.autograd.grad((out * cotangent).sum(), leaves, retain_graph=True, allow_unused=True)
+            for out in (sample.expected, found)
+        ]
+    for leaf, node, one, other in zip(leaves, _floating(trials, values), *pairs, strict=True):
+        one, other = (torch.zeros_like(leaf) if g is None else g for g in (one, other))
+        error = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.numel() else 0.0
+        if not error <= 10 * tolerance and float((one - other).abs().max()) > tolerance:
+            raise Refusal(f"the gradient of {node} is another: relative difference {error:.1e}", trials.result, 6)
+
+
+def _floating(trials: Trials, values: Values) -> list[Node]:
+    return [
+        n
+        for n in trials.inputs
+        if isinstance(values[n], Tensor) and values[n].requires_grad and values[n].numel() <= _SMALL
+    ]
