@@ -82,6 +82,9 @@ class Parts:
     experts' result, and ``post`` what happens from there on, where routing weights take part.
     tables: the per-expert tensors ``[E, ...]``; gathers: those of them that are all-gathered.
     distinct: no token meets an expert twice.
+    weighs_tokens: the weights multiply tokens before the experts, not the experts' rows.
+    replaces: (captured result, node that takes its place) where the nodes above are not the captured
+    ones but stand beside them (`passes/canonical.py`); captured: the captured ones then.
     """
 
     select: Node
@@ -98,6 +101,9 @@ class Parts:
     gathers: tuple[Gather, ...]
     roles: dict[Node, Any]
     distinct: bool = True
+    weighs_tokens: bool = False
+    replaces: tuple[Node, Node] | None = None
+    captured: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ class Region:
     """One MoE layer found in a graph.
 
     form: the dispatch spelling ("grouped_mm": rows sorted by expert; "batched_mm": each row meets
-        its own copy of the weights; "dense": every expert on every token). program: "replicated",
+        its own copy of the weights; "dense": every expert on every token, or on places for so many;
+        "loop": an unrolled body per expert). program: "replicated",
         "gathered", "local", or "exchanged" (the graph holds the exchange already; docs/design.md).
     activation: best name of what happens between the expert matmuls, or "custom".
     source: ``file:line`` of the router's selection in the user's model.

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from moe_fx.compat import FakeValues
 from moe_fx.passes.anchors import Anchor, select
 from moe_fx.passes.copies import Copies, Pairing, paired
 from moe_fx.passes.roles import (
@@ -79,15 +81,30 @@ class Reading:
     form: str
 
 
-def read(anchor: Anchor, graph: Graph, copies: Copies, training: bool) -> Reading:
-    """The region of ``anchor``'s selection."""
-    attempts = Attempts(Refusal("no op on tokens reads a table of experts", anchor.node, 1))
-    for selection in _selections(anchor):
-        reader = _Reader(anchor, selection, graph, copies, training)
-        for starts, pairing in reader.starts():
+class Readings:
+    """Reads regions of one graph."""
+
+    def __init__(self, graph: Graph, training: bool) -> None:
+        self.graph, self.training = graph, training
+
+    @cached_property
+    def copies(self) -> Copies:
+        return Copies(self.graph)
+
+    @cached_property
+    def values(self) -> FakeValues:
+        return FakeValues(self.graph)
+
+    def read(self, anchor: Anchor) -> Reading:
+        """The region of ``anchor``'s selection."""
+        attempts = Attempts(Refusal("no op on tokens reads a table of experts", anchor.node, 0))
+        for selection in _selections(anchor):
             with attempts:
-                return reader.read(starts, pairing)
-    raise attempts.furthest
+                reader = _Reader(anchor, selection, self)
+                for starts, pairing in reader.starts():
+                    with attempts:
+                        return reader.read(starts, pairing)
+        raise attempts.furthest
 
 
 class Attempts:
@@ -107,16 +124,8 @@ class Attempts:
 
 
 class _Reader:
-    def __init__(
-        self,
-        anchor: Anchor,
-        selection: Selection,
-        graph: Graph,
-        copies: Copies,
-        training: bool,
-    ) -> None:
-        self.selection = selection
-        self.anchor, self.graph, self.copies, self.training = anchor, graph, copies, training
+    def __init__(self, anchor: Anchor, selection: Selection, readings: Readings) -> None:
+        self.selection, self.readings = selection, readings
         self.around = Surroundings(self.selection)
         if not self.around.logits:
             raise Refusal("no scores of experts were found above the selection", anchor.node, 0)
@@ -160,22 +169,28 @@ class _Reader:
     def _unrolled(
         self, num: int, first: Node
     ) -> Iterator[tuple[list[Node], Pairing]]:
-        around = self.around
+        for nodes in self.readings.copies.of(num, lambda node: first < node):
+            if self.around.what(nodes[0]) in ("mixed", "activation"):
+                pairing = self._paired(nodes)
+                if pairing and any(len(shape(leaf)) > 1 for leaf in pairing.differ):
+                    yield nodes, pairing
 
-        def is_parameter(node: Node) -> bool:
-            return around.what(node) == "parameter"
+    def _paired(self, nodes: Sequence[Node]) -> Pairing | None:
+        around = self.around
 
         def outside(node: Node) -> bool:
             return around.what(node) in ("route", "buffer") or (
                 around.what(node) == "activation" and around.is_above(node)
             )
 
-        for nodes in self.copies.of(num, lambda node: first < node):
-            if around.what(nodes[0]) not in ("mixed", "activation"):
-                continue
-            pairing = paired(nodes, outside, is_parameter)
-            if pairing and any(len(shape(leaf)) > 1 for leaf in pairing.differ):
-                yield nodes, pairing
+        return paired(nodes, outside, lambda node: around.what(node) == "parameter")
+
+    def _copies_of(self, nodes: Sequence[Node]) -> dict[Node, Node | tuple[Node, ...]] | None:
+        """Parameters of nodes that compute the same with every expert's."""
+        if len({self.readings.copies.colours[node] for node in nodes}) != 1:
+            return None
+        pairing = self._paired(nodes)
+        return pairing.differ if pairing and pairing.differ else None
 
     # -- what they are -------------------------------------------------------------------------
 
@@ -193,7 +208,7 @@ class _Reader:
         found = (
             node
             for node in post_dominators(starts, _LOOK_AHEAD + 8 * len(starts))
-            if self.around.is_token_shaped(node) and self.around.what(node) == "mixed"
+            if self.around.counts_tokens(node) and self.around.what(node) == "mixed"
         )
         return islice(found, _CANDIDATES)
 
@@ -210,6 +225,7 @@ class _Reader:
             lambda node: self.around.what(node) == "route",
             lambda node: self.around.what(node) == "parameter",
             pairing.differ,
+            self._copies_of,
         )
         if pairing.differ:
             cut = starts[0]
@@ -225,7 +241,7 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        weighing, tried = prove(trials, self.ids, body, base, self.training)
+        weighing, tried = prove(trials, self.ids, body, base, self.readings.training)
         return Reading(
             selection=self.selection,
             tokens=tokens[0],
@@ -311,7 +327,7 @@ def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node
         if node not in others
         and around.is_token_shaped(node)
         and len(shape(node)) == len(shape(result))
-        and same(shape(node)[-1], shape(result)[-1])
+        and shape(node)[:-1] == shape(result)[:-1]
         and around.what(node) == "activation"
         and any(user in region and around.what(user) == "mixed" for user in node.users)
     ]

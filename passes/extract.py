@@ -15,6 +15,9 @@ from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Parts, Region
 
 
+aten = torch.ops.aten
+
+
 @dataclass(frozen=True)
 class Extract:
     """module: the copied nodes; inputs: the original node behind each placeholder, in order;
@@ -64,8 +67,8 @@ def _kind(node: Node) -> str:
 
 
 def table_chain(table: Node) -> list[Node]:
-    """The nodes between a per-expert table and where its experts come from (a parameter or a
-    shard), that node excluded, in graph order."""
+    """The nodes between a per-expert table and where its experts come from (a parameter, a shard or
+    separate parameters), those excluded, in graph order."""
     chain: list[Node] = []
     node = table
     while True:
@@ -73,6 +76,8 @@ def table_chain(table: Node) -> list[Node]:
             start = node.args[0]
             assert isinstance(start, Node)
             return [start, node, *chain]
+        if node.target is aten.stack.default:
+            return [node, *chain]
         if node.op != "call_function" or not is_unary_rowwise(node):
             return chain
         chain.insert(0, node)

@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from moe_fx.passes.roles import ELEMENTWISE_COPIES, VIEWS, shape, tensor_inputs
-from moe_fx.region import Parts
 
 aten = torch.ops.aten
 
@@ -29,14 +28,17 @@ def activation_name(body: Iterable[Node]) -> str:
     return "gelu" if aten.gelu.default in ops else "custom"
 
 
-def has_shared_expert(parts: Parts) -> bool:
-    """Whether the combined rows are added to another matmul result of the same tokens."""
-    node = parts.combined
+def has_shared_expert(combined: Node, tokens: Node, base: Node | None = None) -> bool:
+    """Whether the combined rows are added to another matmul result of the same tokens, ``base``
+    or a later one."""
+    if base is not None and _is_matmul_of(base, view_root(tokens)):
+        return True
+    node = combined
     while len(node.users) == 1:
         (user,) = node.users
         if user.target is aten.add.Tensor:
             others = [n for n in user.all_input_nodes if n is not node]
-            return len(others) == 1 and _is_matmul_of(others[0], view_root(parts.tokens))
+            return len(others) == 1 and _is_matmul_of(others[0], view_root(tokens))
         if user.target not in (*VIEWS, *ELEMENTWISE_COPIES, aten.mul.Tensor):
             return False
         node = user

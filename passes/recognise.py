@@ -25,6 +25,8 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.passes.anchors import Anchor, find_anchors, select
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.by_value import Attempts, Readings
+from moe_fx.passes.canonical import canonical
 from moe_fx.passes.gathers import gather_above
 from moe_fx.passes.names import activation_name, has_shared_expert
 from moe_fx.passes.roles import (
@@ -55,13 +57,18 @@ class Recognise(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         routers: RouterCache = {}
         refusals: list[tuple[Anchor, Refusal]] = []
+        readings = Readings(module.graph, context.training)
         for anchor in find_anchors(module.graph):
             if anchor.node in context.claimed:
                 continue
-            try:
+            attempts = Attempts(Refusal("", anchor.node, -1))
+            with attempts:
                 context.regions.append(recognise(anchor, context, routers))
-            except Refusal as refusal:
-                refusals.append((anchor, refusal))
+                continue
+            with attempts:
+                context.regions.append(recognise_by_value(anchor, context, routers, readings))
+                continue
+            refusals.append((anchor, attempts.furthest))
         inside = _routers(context.regions)
         for anchor, reason in refusals:
             if anchor.certain and anchor.node not in inside:
@@ -75,7 +82,7 @@ class Recognise(Pass):
 
 
 def declined(node: Node, refusal: Refusal) -> Declined:
-    forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm")
+    forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm", "dense")
     return Declined(
         reason=refusal.reason,
         node=refusal.node.name,
@@ -92,22 +99,49 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
-    program = "gathered" if parts.gathers else "replicated" if context.group else "local"
     return Region(
         num_experts=selection.num_experts,
         top_k=selection.top_k,
         hidden_size=int(shape(parts.tokens)[-1]),
         router=recognise_router(selection, parts, routers),
         form="grouped_mm" if any(map(is_grouped_matmul, parts.body)) else "batched_mm",
-        program=program,
+        program=_program(parts, context),
         activation=activation_name(parts.body),
-        has_shared_expert=has_shared_expert(parts),
+        has_shared_expert=has_shared_expert(parts.combined, parts.tokens),
         source=source_of(anchor.node),
         input=parts.tokens.name,
         output=parts.combined.name,
         verified=False,
         parts=parts,
     )
+
+
+def recognise_by_value(
+    anchor: Anchor, context: Context, routers: RouterCache, readings: Readings
+) -> Region:
+    """Where the way of the rows is not one the rules know: from what it does to values."""
+    reading = readings.read(anchor)
+    parts = canonical(reading, readings.values)
+    base = reading.base
+    return Region(
+        num_experts=reading.selection.num_experts,
+        top_k=reading.selection.top_k,
+        hidden_size=int(shape(parts.tokens)[-1]),
+        router=recognise_router(reading.selection, parts, routers),
+        form=reading.form,
+        program=_program(parts, context),
+        activation=activation_name(parts.body),
+        has_shared_expert=has_shared_expert(reading.result, reading.tokens, base),
+        source=source_of(anchor.node),
+        input=reading.tokens.name,
+        output=reading.result.name,
+        verified=False,
+        parts=parts,
+    )
+
+
+def _program(parts: Parts, context: Context) -> str:
+    return "gathered" if parts.gathers else "replicated" if context.group else "local"
 
 
 def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:

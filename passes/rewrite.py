@@ -19,10 +19,11 @@ All rows of a side stand in one order there, so the permutations of the captured
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -52,6 +53,10 @@ class Rewrite(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         for region, plan in zip(context.regions, context.plans, strict=True):
             rewrite_region(module.graph, region, plan)
+            if region.parts.replaces is not None:
+                captured, stands_in = region.parts.replaces
+                captured.replace_all_uses_with(stands_in, propagate_meta=False)
+                erase_checks(module.graph, region.parts.captured)
         module.graph.eliminate_dead_code()
         for gather in dict.fromkeys(g for region in context.regions for g in region.parts.gathers):
             erase_if_unread(gather)
@@ -68,6 +73,20 @@ def rewrite_region(graph: Graph, region: Region, plan: ExchangePlan) -> None:
         result = _Emitter(graph, region.parts, plan).emit()
     combined.replace_all_uses_with(result, propagate_meta=False)
     result.meta.update({k: v for k, v in combined.meta.items() if k == "val"})
+
+
+def erase_checks(graph: Graph, gone: Iterable[Node]) -> None:
+    """Assertions on the data-dependent sizes of nodes that are to go would keep those alive."""
+    sized = set(gone)
+    for node in list(graph.nodes):
+        if any(source in sized for source in node.all_input_nodes):
+            if node.target in _CHECKS:
+                graph.erase_node(node)
+            elif not isinstance(value(node), Tensor):
+                sized.add(node)
+
+
+_CHECKS = (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
 
 
 class _Emitter:
@@ -87,12 +106,22 @@ class _Emitter:
         self.counts = self.call(ops.expert_counts.default, parts.ids, plan.num_experts)
         permuted = self.call(ops.permute.default, parts.tokens, parts.ids)
         rows, row_map = self._item(permuted, 0), self._item(permuted, 1)
+        if parts.weighs_tokens:
+            rows = self._weighed(rows)
         if plan.exchanges:
             result = self._exchanged(rows)
         else:
             self._locate(rows, self.counts)
             result = self._run_body()
         return self._combine(result, row_map)
+
+    def _weighed(self, rows: Node) -> Node:
+        """Rows of tokens times their routing weights, in the tokens' dtype."""
+        parts = self.parts
+        columns = [self.call(aten.reshape.default, n, [-1, 1]) for n in (parts.weights, parts.ids)]
+        factor = self._item(self.call(ops.permute.default, *columns), 0)
+        product = self.call(aten.mul.Tensor, rows, factor)
+        return self.call(aten._to_copy.default, product, dtype=value(parts.tokens).dtype)
 
     def _exchanged(self, rows: Node) -> Node:
         group = self.plan.group_name
@@ -175,7 +204,23 @@ class _Emitter:
         return self.call(aten.unsqueeze.default, self._grouped_mm(flat, weight), vector_dim)
 
     def _grouped_mm(self, rows: Node, weight: Node) -> Node:
+        separate = self._separate(weight)
+        if separate is not None:
+            return self.call(ops.grouped_mm_list.default, rows, separate, self.offsets)
         return self.call(ops.grouped_mm.default, rows, weight, self.offsets)
+
+    def _separate(self, table: Node) -> list[Node] | None:
+        """The matrices behind a table that is a stack of them, so that no copy is made."""
+        if table.target is aten.stack.default:
+            return list(table.args[0])  # type: ignore[arg-type]
+        if table.target is not aten.transpose.int:
+            return None
+        source, *dims = table.args
+        assert isinstance(source, Node)
+        matrices = self._separate(source)
+        if matrices is None or set(dims) != {1, 2}:
+            return None
+        return [self.call(aten.transpose.int, matrix, 0, 1) for matrix in matrices]
 
     def _rows(self, node: Any) -> Any:
         """The value on this side of a node the captured body reads."""
@@ -223,6 +268,11 @@ class _Emitter:
         gather = gather_of(table)
         if gather is not None:
             local = gather.shard
+        elif table.target is aten.stack.default:
+            first = self.plan.first_expert
+            local = self.call(
+                aten.stack.default, table.args[0][first : first + self.plan.local_experts]
+            )
         elif not self.plan.exchanges:
             local = self._ungathered(table)
         elif table.op == "call_function" and is_unary_rowwise(table):
@@ -253,9 +303,10 @@ class _Emitter:
 
     def _combine(self, rows: Node, row_map: Node) -> Node:
         parts = self.parts
-        weights = self._plain_weights()
+        summed = parts.combined.target is ops.unpermute.default
+        weights = parts.combined.args[2] if summed else self._plain_weights()
         num_tokens = self.call(aten.sym_size.int, parts.tokens, 0)
-        if weights is not None:
+        if summed or weights is not None:
             sizes = [num_tokens, *shape(parts.combined)[1:]]
             return self.call(ops.unpermute.default, rows, row_map, weights, sizes)
         num_pairs = self.call(aten.sym_size.int, row_map, 0)

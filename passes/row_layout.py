@@ -32,6 +32,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from moe_fx.compat import number, symbols
 from moe_fx.passes.contraction import Contraction, contraction
 from moe_fx.passes.feature_dims import DIM_OF, KEEPS_DIMS, TRAILING, regrouped
 from moe_fx.passes.roles import (
@@ -47,10 +48,11 @@ from moe_fx.passes.roles import (
     tensor_inputs,
     value,
 )
-from moe_fx.passes.sizes import concrete
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
+
+_UNKNOWN = 10007  # a data-dependent number of rows: no other size is a multiple of it
 
 Kind = Literal["rows", "table", "constant", "route", "buffer"]
 
@@ -134,7 +136,7 @@ class RowLayout:
     """tokens: views of one tensor, features last. route, parameters: whether a node holds routing
     values only, or parameters only.
     experts_of: a node of one expert's copy of the body -> the same of every expert, where they
-    differ (`loops.py`)."""
+    differ; copies: the same of nodes that may be every expert's (`copies.py`)."""
 
     def __init__(
         self,
@@ -143,16 +145,18 @@ class RowLayout:
         route: Callable[[Node], bool],
         parameters: Callable[[Node], bool],
         experts_of: Mapping[Node, Node | tuple[Node, ...]],
+        copies: Callable[[Sequence[Node]], Mapping[Node, Node | tuple[Node, ...]] | None],
     ) -> None:
         graph = Graph()
         self.body = Body(graph, *(graph.placeholder(name) for name in ("rows", "ids", "offsets")))
         self.num_experts, self.route = num_experts, route
-        self.parameters, self.experts_of = parameters, experts_of
+        self.parameters, self.experts_of, self._copies = parameters, dict(experts_of), copies
         self.laid: dict[Node, Laid] = {
             node: Laid("rows", (*[False] * (len(shape(node)) - 1), True), self.body.rows)
             for node in tokens
         }
         self._refused: dict[Node, Refusal] = {}
+        self._joins: dict[Node, bool] = {}
         self._tables: dict[tuple[Any, ...], Node] = {}
         self.met: list[Node] = []
 
@@ -182,7 +186,18 @@ class RowLayout:
     def _inputs(self, node: Node) -> list[Node]:
         if node in self.experts_of or self.route(node) or is_buffer(node):
             return []
+        if node.target is aten.cat.default and self._joins_experts(node):
+            return [node.args[0][0]]  # type: ignore[index,list-item]
         return [] if self.parameters(node) and not self._varies(node) else tensor_inputs(node)
+
+    def _joins_experts(self, node: Node) -> bool:
+        """Whether ``node`` puts every expert's rows one behind the other."""
+        parts: Any = node.args[0]
+        if node not in self._joins:
+            found = self._copies(parts) if len(parts) == self.num_experts > 1 else None
+            self._joins[node] = found is not None
+            self.experts_of |= found or {}
+        return self._joins[node]
 
     def _varies(self, node: Node) -> bool:
         """Whether a node computed from parameters differs from expert to expert of a loop."""
@@ -301,8 +316,9 @@ class RowLayout:
     def _view(self, node: Node) -> Laid:
         source: Any = node.args[0]
         laid = self.laid[source]
-        before = [concrete(size) for size in shape(source)]
-        after = [concrete(size) for size in shape(node)]
+        known = symbols([*shape(source), *shape(node)], _UNKNOWN)
+        before = [number(size, known) for size in shape(source)]
+        after = [number(size, known) for size in shape(node)]
         features = regrouped(before, laid.features, after)
         if features is None:
             raise Refusal(f"the reshape to {list(shape(node))} mixes rows and features", node, 3)
@@ -474,6 +490,8 @@ class RowLayout:
 
     def _concatenated(self, node: Node) -> Laid:
         parts: Any = node.args[0]
+        if self._joins_experts(node):
+            return self._moved(node, self.laid[parts[0]], self.laid[parts[0]].features)
         laid = [self.laid[n] for n in parts]
         first, dim = laid[0], argument(node, 1, "dim", 0) % len(shape(node))
         alike = all((p.kind, p.features) == (first.kind, first.features) for p in laid)

@@ -99,7 +99,7 @@ class Surroundings:
         if gather_of(node) is not None:
             return "parameter"
         if node.op != "call_function":
-            return "activation" if self._counts_tokens(node) else "parameter"
+            return "activation" if self._is_unscored_input(node) else "parameter"
         sources = tensor_inputs(node)
         kinds = {self._what[n] for n in sources}
         if not kinds or kinds == {"buffer"}:
@@ -132,7 +132,7 @@ class Surroundings:
             and _leads(dims, self.selection)
         )
 
-    def _counts_tokens(self, node: Node) -> bool:
+    def _is_unscored_input(self, node: Node) -> bool:
         """An input of the graph with a row per token, where no logits tell what the tokens are."""
         dims, lead = shape(node), self.selection.lead or (self.selection.num_tokens,)
         if not dims or self.scored or not isinstance(value(node), Tensor):
@@ -178,13 +178,17 @@ class Surroundings:
 
     def is_token_shaped(self, node: Node) -> bool:
         """``[T, H]``, or with the tokens counted by several dims."""
+        return self.counts_tokens(node) and isinstance(shape(node)[-1], int)
+
+    def counts_tokens(self, node: Node) -> bool:
+        """Whether all dims of ``node`` but the last count tokens."""
         dims = shape(node)
         if len(dims) < 2 or not value(node).dtype.is_floating_point:
             return False
         total: Any = 1
         for size in dims[:-1]:
             total = total * size
-        return same(total, self.selection.num_tokens) and isinstance(dims[-1], int)
+        return same(total, self.selection.num_tokens)
 
 
 def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:

@@ -219,7 +219,7 @@ class _Sample:
                 self._plain = self._rows(None)
             rows = self._plain
         pairs = torch.empty_like(rows).index_copy(0, self.order, rows)
-        pairs = pairs.view(*self.ids.shape, *rows.shape[1:])
+        pairs = pairs.view(*self.ids.shape, -1)
         if weights is not None:
             pairs = pairs * weights.unsqueeze(-1)
         return pairs.sum(1)

@@ -9,6 +9,7 @@
 | ``all_to_all`` / ``wait`` | start of the row exchange / its end |
 | ``regroup`` | received rows, by source rank, to rows by local expert |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
+| ``grouped_mm_list`` | the same, the weights being tensors of their own |
 """
 
 from __future__ import annotations

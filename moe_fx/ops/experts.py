@@ -68,6 +68,34 @@ def _grouped_mm_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[2]))
 
 
+def _grouped_mm_list(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+    out = rows.new_empty((rows.shape[0], weights[0].shape[1]))
+    start = 0
+    for weight, end in zip(weights, offsets.tolist(), strict=True):
+        if end > start:
+            torch.mm(rows[start:end], weight, out=out[start:end])
+        start = end
+    return out
+
+
+def _grouped_mm_list_fake(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weights[0].shape[1]))
+
+
+def _grouped_mm_list_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, offsets = inputs
+    ctx.save_for_backward(rows, offsets, *weights)
+
+
+def _grouped_mm_list_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, offsets, *weights = ctx.saved_tensors
+    grad = grad.contiguous()
+    transposed = [weight.t() for weight in weights]
+    grad_rows = torch.ops.moe_fx.grouped_mm_list(grad, transposed, offsets)
+    grad_weights = torch.ops.moe_fx.grouped_mm_grad_weight(rows.contiguous(), grad, offsets)
+    return grad_rows, list(grad_weights.unbind(0)), None
+
+
 def _grouped_mm_grad_weight(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """``[R, D], [R, N] -> [L, D, N]``: each expert's rows, transposed, times their gradient."""
     if _aten_can_group(rows, grad):
@@ -125,6 +153,13 @@ define(
     _grouped_mm_fake,
     backward=_grouped_mm_backward,
     setup_context=_grouped_mm_setup,
+)
+define(
+    "grouped_mm_list(Tensor rows, Tensor[] weights, Tensor offsets) -> Tensor",
+    _grouped_mm_list,
+    _grouped_mm_list_fake,
+    backward=_grouped_mm_list_backward,
+    setup_context=_grouped_mm_list_setup,
 )
 define(
     "grouped_mm_grad_weight(Tensor rows, Tensor grad, Tensor offsets) -> Tensor",
