@@ -84,7 +84,8 @@ class Parts:
     distinct: no token meets an expert twice.
     weighs_tokens: the weights multiply tokens before the experts, not the experts' rows.
     replaces: (captured result, node that takes its place) where the nodes above are not the captured
-    ones but stand beside them (`passes/canonical.py`); captured: the captured ones then.
+    ones but stand beside them (`passes/canonical.py`); captured: the captured ones then, each with its part ("router",
+    "dispatch", "experts" or "combine").
     """
 
     select: Node
@@ -103,7 +104,7 @@ class Parts:
     distinct: bool = True
     weighs_tokens: bool = False
     replaces: tuple[Node, Node] | None = None
-    captured: tuple[Node, ...] = ()
+    captured: dict[Node, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from torch.fx import Graph, Node
 from moe_fx.compat import FakeValues
 from moe_fx.passes.anchors import Anchor, select
 from moe_fx.passes.copies import Copies, Pairing, paired
+from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     Refusal,
@@ -51,6 +52,8 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.row_layout import Body, RowLayout
 from moe_fx.passes.selectors import is_lookup_of_ids
+from moe_fx.passes.shared_ids import shared_by_rows
+from moe_fx.passes.split_sum import split_sum
 from moe_fx.passes.surroundings import Surroundings, inner_selectors, post_dominators
 from moe_fx.passes.trials import Trials
 from moe_fx.passes.weighing import Ids, Weighing, prove
@@ -66,17 +69,16 @@ _CUTS = 4
 class Reading:
     """What was found and proved. tokens: ``[.., H]``, the last dim features. result: the captured
     node; base: what the rows are added to (None: zeros). body: from sorted rows to the experts'
-    rows, ``cut`` of the captured graph; nodes: the captured nodes that the reading replaces."""
+    rows. captured: the nodes that the reading replaces, and which part of the layer each is."""
 
     selection: Selection
     tokens: Node
     ids: Ids
     weighing: Weighing
     body: Body
-    cut: Node
     result: Node
     base: Node | None
-    nodes: tuple[Node, ...]
+    captured: dict[Node, str]
     trials: tuple[str, ...]
     form: str
 
@@ -86,6 +88,42 @@ class Readings:
 
     def __init__(self, graph: Graph, training: bool) -> None:
         self.graph, self.training = graph, training
+        self._proved: dict[str, tuple[int | None, int | None, Weighing, tuple[str, ...]] | str] = {}
+
+    def prove(
+        self, trials: Trials, ids: Ids, body: Body, base: Node | None
+    ) -> tuple[Weighing, tuple[str, ...]]:
+        """`weighing.prove`, once for equal layers."""
+        alone = extract(trials.nodes, [trials.result])
+        members = [*alone.inputs, *trials.nodes]
+        at = {node: position for position, node in enumerate(members)}
+        marked = [trials.tokens, trials.around.logits, ids.nodes, [base] if base else []]
+        places = [[at.get(node, -1) for node in nodes] for nodes in marked]
+        operands = [
+            [at.get(n, -1) for n in ((of,) if isinstance(of, Node) else of)]
+            for of in body.operands.values()
+        ]
+        key = f"{structure(alone)}\n{body.text()}\n{trials.selection.sizes} {places} {operands}"
+        known = self._proved.get(key)
+        if isinstance(known, str):
+            raise Refusal(known, trials.result, 6)
+        if known is not None:
+            node, mask, weighing, tried = known
+            here = replace(
+                weighing,
+                node=None if node is None else members[node],
+                mask=None if mask is None else members[mask],
+            )
+            return here, tried
+        try:
+            weighing, tried = prove(trials, ids, body, base, self.training)
+        except Refusal as refusal:
+            if refusal.progress == 6:
+                self._proved[key] = refusal.reason
+            raise
+        positions = [None if n is None else at[n] for n in (weighing.node, weighing.mask)]
+        self._proved[key] = (positions[0], positions[1], weighing, tried)
+        return weighing, tried
 
     @cached_property
     def copies(self) -> Copies:
@@ -100,10 +138,12 @@ class Readings:
         attempts = Attempts(Refusal("no op on tokens reads a table of experts", anchor.node, 0))
         for selection in _selections(anchor):
             with attempts:
-                reader = _Reader(anchor, selection, self)
-                for starts, pairing in reader.starts():
-                    with attempts:
-                        return reader.read(starts, pairing)
+                return _Reader(selection, _ids(anchor, selection), self).read()
+        shared = shared_by_rows(select(anchor), self.values)
+        if shared is not None:
+            with attempts:
+                return _Reader(shared.selection, Ids((shared.ids,)), self).read()
+            shared.undo()
         raise attempts.furthest
 
 
@@ -124,12 +164,20 @@ class Attempts:
 
 
 class _Reader:
-    def __init__(self, anchor: Anchor, selection: Selection, readings: Readings) -> None:
-        self.selection, self.readings = selection, readings
-        self.around = Surroundings(self.selection)
+    def __init__(self, selection: Selection, ids: Ids, readings: Readings) -> None:
+        self.selection, self.ids, self.readings = selection, ids, readings
+        self.around = Surroundings(selection)
         if not self.around.logits:
-            raise Refusal("no scores of experts were found above the selection", anchor.node, 0)
-        self.ids = _ids(anchor, selection)
+            raise Refusal("no scores of experts were found above the selection", selection.node, 0)
+
+    def read(self) -> Reading:
+        attempts = Attempts(
+            Refusal("no op on tokens reads a table of experts", self.selection.node, 0)
+        )
+        for starts, pairing in self.starts():
+            with attempts:
+                return self.read_from(starts, pairing)
+        raise attempts.furthest
 
     # -- where experts are ---------------------------------------------------------------------
 
@@ -194,7 +242,7 @@ class _Reader:
 
     # -- what they are -------------------------------------------------------------------------
 
-    def read(self, starts: list[Node], pairing: Pairing) -> Reading:
+    def read_from(self, starts: list[Node], pairing: Pairing) -> Reading:
         tokens = self.around.tokens_of(starts[0], pairing.inside)
         attempts = Attempts(
             Refusal("the experts' rows are never all summed to one row per token", starts[0], 4)
@@ -202,7 +250,29 @@ class _Reader:
         for result in self._results(starts):
             with attempts:
                 return self._reading(tokens, starts, pairing, result)
+            with attempts:
+                return self._reading_of_split(tokens, starts, pairing, result)
         raise attempts.furthest
+
+    def _reading_of_split(
+        self, tokens: list[Node], starts: list[Node], pairing: Pairing, result: Node
+    ) -> Reading:
+        """With a matmul that sums the experts' rows taken apart."""
+        layout = self._layout(tokens, pairing)
+        split = None
+        for node in self._between(tokens, result):
+            try:
+                layout.lay(node)
+            except Refusal:
+                split = split_sum(node, layout, self.readings.values)
+                break
+        if split is None:
+            raise Refusal("no matmul sums the experts' rows", result, 0)
+        try:
+            return self._reading(tokens, starts, pairing, result)
+        except Refusal:
+            split.undo()
+            raise
 
     def _results(self, starts: list[Node]) -> Iterator[Node]:
         found = (
@@ -219,14 +289,7 @@ class _Reader:
         pairing: Pairing,
         result: Node,
     ) -> Reading:
-        layout = RowLayout(
-            tokens,
-            self.selection.num_experts,
-            lambda node: self.around.what(node) == "route",
-            lambda node: self.around.what(node) == "parameter",
-            pairing.differ,
-            self._copies_of,
-        )
+        layout = self._layout(tokens, pairing)
         if pairing.differ:
             cut = starts[0]
             layout.lay(cut)
@@ -241,19 +304,28 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        weighing, tried = prove(trials, self.ids, body, base, self.readings.training)
+        weighing, tried = self.readings.prove(trials, self.ids, body, base)
         return Reading(
             selection=self.selection,
             tokens=tokens[0],
             ids=self.ids,
             weighing=weighing,
             body=body,
-            cut=cut,
             result=result,
             base=base,
-            nodes=tuple(trials.nodes),
+            captured=self._captured(trials, layout, weighing),
             trials=tried,
             form=self._form(pairing, trials.nodes),
+        )
+
+    def _layout(self, tokens: list[Node], pairing: Pairing) -> RowLayout:
+        return RowLayout(
+            tokens,
+            self.selection.num_experts,
+            lambda node: self.around.what(node) == "route",
+            lambda node: self.around.what(node) == "parameter",
+            pairing.differ,
+            self._copies_of,
         )
 
     def _cut(self, layout: RowLayout, tokens: list[Node], result: Node) -> Node:
@@ -290,6 +362,29 @@ class _Reader:
                     found.add(source)
                     stack.append(source)
         return sorted(n for n in found if not self.around.is_above(n))
+
+    def _captured(
+        self, trials: Trials, layout: RowLayout, weighing: Weighing
+    ) -> dict[Node, str]:
+        ends = [n for n in (*self.ids.nodes, weighing.node, weighing.mask) if n is not None]
+        routing, stack = set(ends), list(ends)
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in routing and self.around.what(source) == "route":
+                    routing.add(source)
+                    stack.append(source)
+        part_of: dict[Node, str] = {}
+        for node in trials.nodes:
+            laid = layout.laid.get(node)
+            if node in routing:
+                part_of[node] = "router"
+            elif self.around.what(node) in ("parameter", "table") or (laid and laid.met):
+                part_of[node] = "experts"
+            elif laid or self.around.what(node) in ("route", "buffer"):
+                part_of[node] = "dispatch"
+            else:
+                part_of[node] = "combine"
+        return part_of
 
     def _form(self, pairing: Pairing, nodes: Sequence[Node]) -> str:
         if pairing.differ:

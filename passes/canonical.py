@@ -110,7 +110,7 @@ class _Builder:
             distinct=False,
             weighs_tokens=reading.weighing.before,
             replaces=(reading.result, self._result(combined)),
-            captured=reading.nodes,
+            captured=reading.captured,
         )
 
     # -- the router's side ---------------------------------------------------------------------

@@ -61,6 +61,8 @@ def listing(region: Region, plan: ExchangePlan, position: Callable[[Node], int])
 
 def _parts(region: Region) -> dict[Node, str]:
     parts = region.parts
+    if parts.captured:
+        return parts.captured
     part_of = dict.fromkeys(_router(region), "router") | dict.fromkeys(parts.nodes, "dispatch")
     moved = set(getattr(parts, "dispatched", ()))
     part_of |= {n: "experts" for n in getattr(parts, "body", ()) if n not in moved}

@@ -49,9 +49,13 @@ def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
 
 def structure(alone: Extract) -> str:
     """The same text for graphs that differ in names only: ops, constants, shapes and dtypes."""
+    return structure_of(alone.module.graph)
+
+
+def structure_of(graph: Graph) -> str:
     numbers: dict[Node, int] = {}
     lines = []
-    for node in alone.module.graph.nodes:
+    for node in graph.nodes:
         numbers[node] = len(numbers)
         args = node.args if node.op != "placeholder" else ()
         numbered = map_arg((args, node.kwargs), lambda n: f"%{numbers[n]}")

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.passes.anchors import Anchor, find_anchors, select
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.by_value import Attempts, Readings
+from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
 from moe_fx.passes.gathers import gather_above
 from moe_fx.passes.names import activation_name, has_shared_expert
@@ -61,14 +61,14 @@ class Recognise(Pass):
         for anchor in find_anchors(module.graph):
             if anchor.node in context.claimed:
                 continue
-            attempts = Attempts(Refusal("", anchor.node, -1))
-            with attempts:
+            try:
                 context.regions.append(recognise(anchor, context, routers))
-                continue
-            with attempts:
-                context.regions.append(recognise_by_value(anchor, context, routers, readings))
-                continue
-            refusals.append((anchor, attempts.furthest))
+            except Refusal as by_rules:
+                try:
+                    region = recognise_by_value(anchor, context, routers, readings)
+                    context.regions.append(region)
+                except Refusal as by_value:
+                    refusals.append((anchor, _nearer(by_rules, by_value)))
         inside = _routers(context.regions)
         for anchor, reason in refusals:
             if anchor.certain and anchor.node not in inside:
@@ -79,6 +79,15 @@ class Recognise(Pass):
                     Declined("the selection is inside a higher-order op", name, "")
                 )
         return PassResult(module, changed=False)
+
+
+_ROWS_MET_TABLES = 3
+
+
+def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
+    """The rules name the op at fault: what they say, unless they never saw rows or tables."""
+    rules_saw_rows = by_rules.progress >= _ROWS_MET_TABLES
+    return by_rules if rules_saw_rows or by_value.progress < _ROWS_MET_TABLES else by_value
 
 
 def declined(node: Node, refusal: Refusal) -> Declined:

@@ -34,6 +34,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.compat import number, symbols
 from moe_fx.passes.contraction import Contraction, contraction
+from moe_fx.passes.extract import structure_of
 from moe_fx.passes.feature_dims import DIM_OF, KEEPS_DIMS, TRAILING, regrouped
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
@@ -130,6 +131,11 @@ class Body:
         used = {n for n in self.graph.find_nodes(op="placeholder") if n.users}
         self.operands = {n: of for n, of in self.operands.items() if n in used}
         self.tables &= used
+
+
+    def text(self) -> str:
+        """The same for bodies that differ in names only."""
+        return structure_of(self.graph)
 
 
 class RowLayout:
@@ -685,7 +691,7 @@ class RowLayout:
         self, rows: Laid, table: Node, summed: list[int], out: list[int]
     ) -> Node:
         left: Any = rows.node
-        if len(summed) > 1 or len(out) != 1:
+        if len(summed) != 1 or len(out) != 1:
             flat = [self.num_experts, _product(summed), _product(out)]
             table = self.call(aten.reshape.default, table, flat)
             left = self.call(aten.reshape.default, left, [-1, _product(summed)])

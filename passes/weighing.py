@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -81,55 +82,71 @@ class Weighing:
 def prove(
     trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool
 ) -> tuple[Weighing, tuple[str, ...]]:
-    started = time.perf_counter()
-    tolerance = _tolerance(trials, body)
-    first, *others = trials.cases
-    sample = _Sample(trials, ids, body, base, trials.run(first))
-    found = _search(sample, tolerance)
-    if found is None:
-        raise Refusal(
-            "the result is not the weighted sum of the experts' rows: relative difference "
-            f"{sample.best:.1e} at the least, with {first.name}",
-            trials.result,
-            6,
-        )
-    tried = [first.name]
-    for case in others:
-        if time.perf_counter() - started > _SECONDS and len(tried) >= _AT_LEAST:
-            break
-        sample = _Sample(trials, ids, body, base, trials.run(case))
-        error = sample.error(found)
-        if error > tolerance:
-            raise Refusal(
-                "the result is not the weighted sum of the experts' rows: relative difference "
-                f"{error:.1e} with {case.name}",
-                trials.result,
-                6,
-            )
-        tried.append(case.name)
-    if training:
-        _check_gradients(trials, ids, body, base, found, tolerance)
-        tried.append("gradients")
-    return found, tuple(tried)
+    samples = _Samples(trials, ids, body, base)
+    tolerance = _tolerance(trials)
+    missed: tuple[float, str] | None = None
+    for weighing in _weighings(trials, body):
+        miss = samples.miss(weighing, tolerance)
+        if miss is None:
+            tried = list(samples.names)
+            if training:
+                _check_gradients(trials, ids, body, base, weighing, tolerance)
+                tried.append("gradients")
+            return weighing, tuple(tried)
+        if missed is None or samples.got_further(miss, missed):
+            missed = miss
+    assert missed is not None
+    raise Refusal(
+        "the result is not the weighted sum of the experts' rows: relative difference "
+        f"{missed[0]:.1e} at the least, with {missed[1]}",
+        trials.result,
+        6,
+    )
 
 
-def _search(sample: _Sample, tolerance: float) -> Weighing | None:
-    plain = list(_candidates(sample.trials))
-    for weighing in plain:
-        if sample.error(weighing) <= tolerance:
-            return weighing
-    if sample.body.weighed:
-        for weighing in plain:
-            moved = replace(weighing, before=True)
-            if weighing.node is not None and sample.error(moved) <= tolerance:
-                return moved
-    masks = list(_pair_masks(sample.trials))[:_MASKS]
-    for mask in masks:
-        for weighing in plain:
-            masked = replace(weighing, mask=mask)
-            if weighing.node is not None and sample.error(masked) <= tolerance:
-                return masked
-    return None
+def _weighings(trials: Trials, body: Body) -> Iterator[Weighing]:
+    plain = list(_candidates(trials))
+    yield from plain
+    if body.weighed:
+        yield from (replace(w, before=True) for w in plain if w.node is not None)
+    for mask in islice(_pair_masks(trials), _MASKS):
+        yield from (replace(w, mask=mask) for w in plain if w.node is not None)
+
+
+class _Samples:
+    """The trials, each run when a weighing first gets so far."""
+
+    def __init__(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> None:
+        self.trials, self.ids, self.body, self.base = trials, ids, body, base
+        self.started = time.perf_counter()
+        self._made: list[_Sample] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [case.name for case, _ in zip(self.trials.cases, self._made, strict=False)]
+
+    def _each(self) -> Iterator[_Sample]:
+        for at, case in enumerate(self.trials.cases):
+            if at == len(self._made):
+                spent = time.perf_counter() - self.started
+                if spent > _SECONDS and at >= _AT_LEAST:
+                    return
+                values = self.trials.run(case)
+                self._made.append(_Sample(self.trials, self.ids, self.body, self.base, values))
+            yield self._made[at]
+
+    def miss(self, weighing: Weighing, tolerance: float) -> tuple[float, str] | None:
+        """By how much, and in which trial, ``weighing`` first misses the result."""
+        for sample, case in zip(self._each(), self.trials.cases, strict=False):
+            error = sample.error(weighing)
+            if error > tolerance:
+                return error, case.name
+        return None
+
+    def got_further(self, miss: tuple[float, str], other: tuple[float, str]) -> bool:
+        names = [case.name for case in self.trials.cases]
+        here, there = names.index(miss[1]), names.index(other[1])
+        return here > there or (here == there and miss[0] < other[0])
 
 
 def _candidates(trials: Trials) -> Iterator[Weighing]:
@@ -205,7 +222,6 @@ class _Sample:
         result = values[trials.result]
         self.expected = (result if base is None else result - values[base]).flatten(0, -2)
         self.scale = float(result.detach().double().abs().max().clamp_min(1e-30))
-        self.best = float("inf")
         self._plain: Tensor | None = None
 
     def found(self, weighing: Weighing) -> Tensor:
@@ -249,12 +265,10 @@ class _Sample:
             return float("inf")
         difference = (found.double() - self.expected.double()).abs().max() / self.scale
         error = float(difference)
-        error = error if error == error else float("inf")
-        self.best = min(self.best, error)
-        return error
+        return error if error == error else float("inf")
 
 
-def _tolerance(trials: Trials, body: Body) -> float:
+def _tolerance(trials: Trials) -> float:
     dtypes = {
         value(n).dtype
         for n in [*trials.inputs, *trials.nodes]
