@@ -48,7 +48,7 @@ from moe_fx.passes.router import RouterCache, recognise_router
 from moe_fx.passes.rules import Roles
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.passes.tables import check_tables
-from moe_fx.region import Declined, Parts, Region, source_of
+from moe_fx.region import Declined, Parts, Region, Router, source_of
 
 aten = torch.ops.aten
 
@@ -131,16 +131,19 @@ def recognise_by_value(
     """Where the way of the rows is not one the rules know: from what it does to values."""
     reading = readings.read(anchor)
     parts = canonical(reading, readings.values)
-    base = reading.base
+    try:
+        router = recognise_router(reading.selection, parts, routers)
+    except Refusal as refusal:  # of ids that are no selected indices: they were proved by value
+        router = Router(note=refusal.reason)
     return Region(
         num_experts=reading.selection.num_experts,
         top_k=reading.selection.top_k,
         hidden_size=int(shape(parts.tokens)[-1]),
-        router=recognise_router(reading.selection, parts, routers),
+        router=router,
         form=reading.form,
         program=_program(parts, context),
         activation=activation_name(parts.body),
-        has_shared_expert=has_shared_expert(reading.result, reading.tokens, base),
+        has_shared_expert=has_shared_expert(reading.result, reading.tokens, reading.base),
         source=source_of(anchor.node),
         input=reading.tokens.name,
         output=reading.result.name,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,19 +44,21 @@ def shared_by_rows(selection: Selection, values: FakeValues) -> SharedIds | None
     rows = next((n for n in _from(node) if _has_rows(n, selection)), None)
     if rows is None:
         return None
+    added: list[Node] = []
+
+    def add(op: Any, *args: Any) -> Node:
+        with node.graph.inserting_after(added[-1] if added else rows):
+            added.append(node.graph.call_function(op, args))
+        added[-1].meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
+        values.compute(added[-1])
+        return added[-1]
+
     each = shape(rows)[1]
-    if not isinstance(each, int):
-        return None
-    graph = node.graph
-    with graph.inserting_after(node):
-        flat = graph.call_function(aten.reshape.default, (node, [-1]))
-    with graph.inserting_after(flat):
-        ids = graph.call_function(aten.repeat_interleave.self_int, (flat, each))
-    for added in (flat, ids):
-        added.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
-        values.compute(added)
+    flat = add(aten.reshape.default, node, [-1])
+    size = each if isinstance(each, int) else add(aten.sym_size.int, rows, 1)
+    ids = add(aten.repeat_interleave.self_int, flat, size)
     of_rows = replace(selection, num_tokens=dims[0] * each, lead=(dims[0], each))
-    return SharedIds(ids, (flat, ids), of_rows)
+    return SharedIds(ids, tuple(added), of_rows)
 
 
 def _from(node: Node) -> list[Node]:

@@ -13,6 +13,7 @@ Kinds, relative to one selection:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.names import view_root
 from moe_fx.passes.roles import (
@@ -59,6 +61,9 @@ _REPEATS = (
     aten.transpose.int,
     aten.stack.default,
 )
+
+
+_UNKNOWN = 10007  # stands for a data-dependent size
 
 
 class Surroundings:
@@ -181,14 +186,14 @@ class Surroundings:
         return self.counts_tokens(node) and isinstance(shape(node)[-1], int)
 
     def counts_tokens(self, node: Node) -> bool:
-        """Whether all dims of ``node`` but the last count tokens."""
+        """Whether all dims of ``node`` but the last count tokens, as many as when captured (where
+        their number is not fixed, ``[2, T // 2, H]`` may have ``T``)."""
         dims = shape(node)
         if len(dims) < 2 or not value(node).dtype.is_floating_point:
             return False
-        total: Any = 1
-        for size in dims[:-1]:
-            total = total * size
-        return same(total, self.selection.num_tokens)
+        known = symbols([*dims[:-1], self.selection.num_tokens], _UNKNOWN)
+        total = math.prod(number(size, known) for size in dims[:-1])
+        return total == number(self.selection.num_tokens, known)
 
 
 def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:

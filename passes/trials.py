@@ -47,6 +47,7 @@ CASES = (
     Case("only the first experts", "first"),
     Case("extreme scores", "extreme", 3),
     Case("ties", "ties"),
+    Case("every expert in turn", "turns"),
 )
 MORE_TOKENS = (
     Case("more tokens", "normal", 4, more_tokens=True),
@@ -140,7 +141,8 @@ class Trials:
         ]
         wanted = max(2 * max(constants, default=1), 3 * max(self._numbers.values()))
         grown = dict(self._numbers)
-        grown[self._growing[-1]] = min(wanted + 1, _MOST_TOKENS)
+        last = self._growing[-1]
+        grown[last] *= max(2, -(-min(wanted, _MOST_TOKENS) // grown[last]))
         return grown
 
     def _logits(
@@ -156,12 +158,15 @@ class Trials:
             return torch.randint(experts, sizes, generator=generator).to(dtype)
         noise = torch.randn(sizes, generator=generator)
         slope = torch.linspace(0.0, 8.0, sizes[-1])
+        turns = torch.arange(noise.numel() // sizes[-1]).view(*sizes[:-1], 1) * 3
+        preferred = (torch.arange(sizes[-1]) == turns % sizes[-1]) * 8.0
         drawn = {
             "normal": noise,
             "extreme": noise * 40,
             "ties": torch.zeros(sizes),
             "last": noise * 0.1 + slope,
             "first": noise * 0.1 - slope,
+            "turns": noise + preferred,
         }
         return drawn[case.logits].to(dtype)
 
