@@ -145,8 +145,10 @@ _ALL = (
     Block("hunyuan_v1_moe", "HunYuanMoEV1Moe", "HunYuanMoEV1Config"),
     Block("hy_v3", "HYV3MoE", "HYV3Config"),
     Block("hy_v4", "HYV4MoE", "HYV4Config"),
+    Block("hy_v4_vl", "HYV4VLMoE", "HYV4VLTextConfig"),
     Block("inkling", "InklingMoE", "InklingTextConfig"),
     Block("inkling2", "Inkling2SparseMoeBlock", "Inkling2TextConfig"),
+    Block("inkling2_loop", "Inkling2LoopSparseMoeBlock", "Inkling2LoopTextConfig"),
     Block("jamba", "JambaSparseMoeBlock", "JambaConfig"),
     Block(
         "jetmoe",
@@ -158,6 +160,7 @@ _ALL = (
     Block("kimi_linear", "KimiLinearMoE", "KimiLinearConfig"),
     Block("kolibri1", "Kolibri1SparseMoeBlock", "Kolibri1Config"),
     Block("laguna", "LagunaSparseMoeBlock", "LagunaConfig"),
+    Block("lara_mini", "LaraMiniSparseMoeBlock", "LaraMiniConfig"),
     Block("lfm2_moe", "Lfm2MoeSparseMoeBlock", "Lfm2MoeConfig"),
     Block("llama4", "Llama4TextMoe", "Llama4TextConfig", decorated=False),
     Block(
