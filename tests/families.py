@@ -254,7 +254,7 @@ def build(
 def inputs(
     label: str, dtype: torch.dtype = torch.float32, seed: int = 1, length: int = 12
 ) -> tuple[Tensor, ...]:
-    """Arguments of the block's forward: tokens ``[2, length, HIDDEN]``, and ids if it wants them."""
+    """Arguments of the block's forward: tokens ``[2, length, HIDDEN]``, perhaps ids."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, length, HIDDEN, generator=generator).to(dtype)
     if label == "vitpose_backbone":
