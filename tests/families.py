@@ -303,11 +303,11 @@ def _block(classes: ModuleType, block: Block, config: PreTrainedConfig) -> nn.Mo
 
 
 def _cast(module: nn.Module, classes: ModuleType, dtype: torch.dtype) -> None:
-    """As `from_pretrained` does: what the family keeps in float32 stays."""
+    """As `from_pretrained` does: what the family keeps in float32 stays
+    (``_keep_in_fp32_modules`` is about float16 only)."""
     kept: set[str] = set()
     for entry in vars(classes).values():
         if inspect.isclass(entry) and entry.__name__.endswith("PreTrainedModel"):
-            kept |= set(getattr(entry, "_keep_in_fp32_modules", None) or ())
             kept |= set(getattr(entry, "_keep_in_fp32_modules_strict", None) or ())
     pattern = re.compile("|".join(rf"(^|\.){re.escape(part)}(\.|$)" for part in kept) or r"(?!)")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
