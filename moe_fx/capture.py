@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
+from moe_fx.outline import enters_a_level
 from moe_fx.region import Declined, source_of
 
 _STORAGE_OPS = (torch.Tensor.set_, "set_")
@@ -28,6 +29,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """
     _check_functional(module)
     module, hidden = hide(module)
+    _check_levels(module)
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
     _make_copies_differentiable(graph_module)
@@ -52,6 +54,13 @@ def _check_functional(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op in ("call_function", "call_method") and node.target in _STORAGE_OPS:
             reason = "the graph gives a parameter other storage (Tensor.set_), as module.to() does"
+            raise NotFunctional(Declined(reason, node.name, source_of(node)))
+
+
+def _check_levels(module: GraphModule) -> None:
+    for node in module.graph.nodes:
+        if enters_a_level(node):
+            reason = "a function transform that changes tensors in place, or gives no tensors"
             raise NotFunctional(Declined(reason, node.name, source_of(node)))
 
 

@@ -1,9 +1,9 @@
-"""Carry higher-order ops through a functional trace unopened.
+"""Carry higher-order ops and function transforms through a functional trace unopened.
 
-Pre-dispatch tracing of torch 2.13 cannot enter some higher-order ops (``associative_scan`` in
-Jamba's Mamba layers). Base compilers can, later. So before the trace each is hidden behind an op
-that stands for it, with its inputs and outputs, and put back afterwards. No region is looked for
-inside one.
+Pre-dispatch tracing of torch 2.13 cannot enter some higher-order ops (``associative_scan``), nor
+what runs under ``vmap`` (`moe_fx.outline`). Base compilers can, later. So before the trace each is
+hidden behind an op that stands for it, with its inputs and outputs, and put back afterwards. No
+region is looked for inside one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from moe_fx.ops._define import define
+from moe_fx.outline import is_outlined, outline
 
 _keys = itertools.count()
 _hidden: dict[int, _Hidden] = {}
@@ -28,10 +29,11 @@ _hidden: dict[int, _Hidden] = {}
 
 @dataclass(frozen=True)
 class _Hidden:
-    """target: the op. leaves: its flattened arguments, where a `_Slot` stands for the n-th tensor
-    or size that goes through the trace and a GraphModule for a subgraph. outputs: examples."""
+    """target: the op, or the submodule that is called. leaves: its flattened arguments, where a
+    `_Slot` stands for the n-th tensor or size that goes through the trace and a GraphModule for a
+    subgraph. outputs: examples."""
 
-    target: HigherOrderOperator
+    target: HigherOrderOperator | GraphModule
     leaves: list[Any]
     spec: pytree.TreeSpec
     outputs: tuple[Tensor, ...]
@@ -45,14 +47,15 @@ class _Slot:
 
 
 def hide(module: GraphModule) -> tuple[GraphModule, list[int]]:
-    """(copy of Dynamo's graph with each higher-order op replaced, keys for `restore`); the graph
-    itself if it has none."""
+    """(copy of Dynamo's graph with each higher-order op and transform replaced, keys for
+    `restore`); the graph itself if it has none."""
     keys: list[int] = []
-    if not any(isinstance(node.target, HigherOrderOperator) for node in module.graph.nodes):
+    module = outline(module)
+    if not any(_is_hidden(node) for node in module.graph.nodes):
         return module, keys
     module = GraphModule(module, copy.deepcopy(module.graph))
     for node in list(module.graph.nodes):
-        if isinstance(node.target, HigherOrderOperator):
+        if _is_hidden(node):
             hidden, tensors, sizes = _describe(module, node)
             key = next(_keys)
             _hidden[key] = hidden
@@ -87,7 +90,12 @@ def restore(module: GraphModule, keys: Sequence[int]) -> None:
         ]
         args, kwargs = pytree.tree_unflatten(leaves, hidden.spec)
         with module.graph.inserting_before(node):
-            original = module.graph.call_function(hidden.target, args, kwargs)
+            if isinstance(hidden.target, GraphModule):
+                name = f"transformed_{key}"
+                module.add_submodule(name, hidden.target)
+                original = module.graph.call_module(name, args, kwargs)
+            else:
+                original = module.graph.call_function(hidden.target, args, kwargs)
         original.meta = dict(node.meta)
         if hidden.single:
             for user in list(node.users):
@@ -131,8 +139,14 @@ def _describe(module: GraphModule, node: Node) -> tuple[_Hidden, list[Node], lis
     outputs = node.meta["example_value"]
     single = isinstance(outputs, Tensor)
     examples = (outputs,) if single else tuple(outputs)
-    assert isinstance(node.target, HigherOrderOperator)
-    return _Hidden(node.target, leaves, spec, examples, single), tensors, sizes
+    outlined = node.op == "call_module"
+    target = module.get_submodule(str(node.target)) if outlined else node.target
+    assert isinstance(target, (HigherOrderOperator, GraphModule))
+    return _Hidden(target, leaves, spec, examples, single), tensors, sizes
+
+
+def _is_hidden(node: Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) or is_outlined(node)
 
 
 def _first(outputs: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
 """One tiny MoE block of every transformers family that has experts, with random, seeded weights.
+(bamba's code provides for experts and makes none: its block is a dense one.)
 
 A block is the smallest module that holds router, experts and, where there is one, the shared
 expert. `tests/models.py` has whole models of some families.
@@ -12,16 +13,28 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-__all__ = ["BLOCKS", "DECORATED", "HIDDEN", "Block", "build", "inputs", "takes_implementation"]
+__all__ = [
+    "BLOCKS",
+    "DECORATED",
+    "HIDDEN",
+    "SIZES",
+    "Block",
+    "build",
+    "configuration",
+    "configure",
+    "inputs",
+    "modeling",
+]
 
 HIDDEN = 64
-_TINY: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "ffn_dim", "d_ff"), HIDDEN),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp"), HIDDEN),
     **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), 32),
@@ -88,6 +101,7 @@ _ALL = (
     Block("axk1", "AXK1MoE", "AXK1Config"),
     Block("axk2", "AXK2MoE", "AXK2Config"),
     Block("bailing_hybrid", "BailingHybridMoE", "BailingHybridConfig"),
+    Block("bamba", "BambaMLP", "BambaConfig", num_experts=1, top_k=1, decorated=False),
     Block("beam", "BeamMoE", "BeamConfig"),
     Block("cohere2_moe", "Cohere2MoeSparseMoeBlock", "Cohere2MoeConfig"),
     Block("dbrx", "DbrxFFN", "DbrxConfig", decorated=False),
@@ -145,8 +159,10 @@ _ALL = (
     Block("hunyuan_v1_moe", "HunYuanMoEV1Moe", "HunYuanMoEV1Config"),
     Block("hy_v3", "HYV3MoE", "HYV3Config"),
     Block("hy_v4", "HYV4MoE", "HYV4Config"),
+    Block("hy_v4_vl", "HYV4VLMoE", "HYV4VLTextConfig"),
     Block("inkling", "InklingMoE", "InklingTextConfig"),
     Block("inkling2", "Inkling2SparseMoeBlock", "Inkling2TextConfig"),
+    Block("inkling2_loop", "Inkling2LoopSparseMoeBlock", "Inkling2LoopTextConfig"),
     Block("jamba", "JambaSparseMoeBlock", "JambaConfig"),
     Block(
         "jetmoe",
@@ -158,6 +174,7 @@ _ALL = (
     Block("kimi_linear", "KimiLinearMoE", "KimiLinearConfig"),
     Block("kolibri1", "Kolibri1SparseMoeBlock", "Kolibri1Config"),
     Block("laguna", "LagunaSparseMoeBlock", "LagunaConfig"),
+    Block("lara_mini", "LaraMiniSparseMoeBlock", "LaraMiniConfig"),
     Block("lfm2_moe", "Lfm2MoeSparseMoeBlock", "Lfm2MoeConfig"),
     Block("llama4", "Llama4TextMoe", "Llama4TextConfig", decorated=False),
     Block(
@@ -219,69 +236,78 @@ def build(
 ) -> tuple[nn.Module, PreTrainedConfig]:
     """The block in eval mode and its configuration. ``impl`` is "grouped_mm" or "batched_mm"."""
     block = BLOCKS[label]
-    package = f"transformers.models.{block.family}"
-    modeling = importlib.import_module(f"{package}.modeling_{block.family}")
-    configuration = importlib.import_module(f"{package}.configuration_{block.family}")
-    config = _config(getattr(configuration, block.config), block)
+    classes = modeling(block)
+    config = configure(block)
     config._experts_implementation_internal = impl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = _block(modeling, block, config)
+        module = _block(classes, block, config)
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.is_floating_point():
                 tensor.data.normal_(std=0.2)
             elif tensor.dtype == torch.int64:  # the table of a hash router
                 tensor.data.random_(block.num_experts)
-    _cast(module, modeling, dtype)
+    _cast(module, classes, dtype)
     return module.eval(), config
 
 
-def inputs(label: str, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, ...]:
-    """Arguments of the block's forward: tokens ``[2, 12, HIDDEN]`` and, if it wants them, ids."""
+def inputs(
+    label: str, dtype: torch.dtype = torch.float32, seed: int = 1, length: int = 12
+) -> tuple[Tensor, ...]:
+    """Arguments of the block's forward: tokens ``[2, length, HIDDEN]``, perhaps ids."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(2, 12, HIDDEN, generator=generator).to(dtype)
+    tokens = torch.randn(2, length, HIDDEN, generator=generator).to(dtype)
     if label == "vitpose_backbone":
         return tokens, torch.tensor([1, 2])
     if label == "deepseek_v4 (hash)":
-        return tokens, torch.randint(_TINY["vocab_size"], (2, 12), generator=generator)
+        return tokens, torch.randint(SIZES["vocab_size"], (2, length), generator=generator)
     return (tokens,)
 
 
-def takes_implementation(label: str) -> bool:
-    """Whether "grouped_mm" and "batched_mm" make a difference."""
-    return BLOCKS[label].decorated
+def configuration(block: Block) -> type[PreTrainedConfig]:
+    module = f"transformers.models.{block.family}.configuration_{block.family}"
+    found: type[PreTrainedConfig] = getattr(importlib.import_module(module), block.config)
+    return found
 
 
-def _config(config_class: type[PreTrainedConfig], block: Block) -> PreTrainedConfig:
+def modeling(block: Block) -> ModuleType:
+    return importlib.import_module(f"transformers.models.{block.family}.modeling_{block.family}")
+
+
+def configure(
+    block: Block, sizes: Mapping[str, Any] = SIZES, own: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
+    """A small configuration: what it knows of ``sizes``, then the block's own, then ``own``."""
+    config_class = configuration(block)
     known = {entry.name for entry in dataclasses.fields(config_class)}
-    kwargs = {name: size for name, size in _TINY.items() if name in known}
+    kwargs = {name: size for name, size in sizes.items() if name in known}
     for groups, chosen in _GROUPS:
         default = getattr(config_class, groups, None)
         if groups in known and isinstance(default, int):
             kwargs |= {groups: 1, chosen: 1} if default == 1 else {groups: 4, chosen: 2}
-    kwargs |= block.kwargs
+    kwargs |= {**block.kwargs, **(own or {})}
     if block.family == "dbrx":
         kwargs["ffn_config"] = {"hidden_size": HIDDEN, "ffn_hidden_size": 32}
         kwargs["ffn_config"] |= {"moe_num_experts": 8, "moe_top_k": 2}
     return config_class(**kwargs)
 
 
-def _block(modeling: Any, block: Block, config: PreTrainedConfig) -> nn.Module:
+def _block(classes: ModuleType, block: Block, config: PreTrainedConfig) -> nn.Module:
     if block.block.endswith("Text"):
-        return _GemmaBlock(config, modeling, block.block)
-    block_class = getattr(modeling, block.block)
+        return _GemmaBlock(config, classes, block.block)
+    block_class = getattr(classes, block.block)
     wanted = inspect.signature(block_class.__init__).parameters
     offered = {"layer_idx": 1, "ffn_dim": HIDDEN}
     module: nn.Module = block_class(config, **{k: v for k, v in offered.items() if k in wanted})
     return module
 
 
-def _cast(module: nn.Module, modeling: Any, dtype: torch.dtype) -> None:
-    """As `from_pretrained` does: what the family keeps in float32 stays."""
+def _cast(module: nn.Module, classes: ModuleType, dtype: torch.dtype) -> None:
+    """As `from_pretrained` does: what the family keeps in float32 stays
+    (``_keep_in_fp32_modules`` is about float16 only)."""
     kept: set[str] = set()
-    for entry in vars(modeling).values():
+    for entry in vars(classes).values():
         if inspect.isclass(entry) and entry.__name__.endswith("PreTrainedModel"):
-            kept |= set(getattr(entry, "_keep_in_fp32_modules", None) or ())
             kept |= set(getattr(entry, "_keep_in_fp32_modules_strict", None) or ())
     pattern = re.compile("|".join(rf"(^|\.){re.escape(part)}(\.|$)" for part in kept) or r"(?!)")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -16,7 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "build", "token_ids"]
+__all__ = ["FAMILIES", "Family", "build", "cast", "randomise", "token_ids"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -264,8 +264,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.model_class(config)
-    _randomise(model, torch.Generator().manual_seed(seed))
-    _cast(model, dtype)
+    randomise(model, torch.Generator().manual_seed(seed))
+    cast(model, dtype)
     return model.eval(), config
 
 
@@ -275,7 +275,7 @@ def token_ids(config: PreTrainedConfig, batch: int, seq: int, seed: int = 0) -> 
     return torch.randint(0, config.vocab_size, (batch, seq), generator=generator)
 
 
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Weights that keep activations around one, spread the routing, and tell experts apart."""
     biases = [(n, b) for n, b in model.named_buffers() if n.endswith("bias")]
     with torch.no_grad():
@@ -298,10 +298,10 @@ def _value(model: nn.Module, name: str, tensor: Tensor, noise: Tensor) -> Tensor
     return gain * noise / fan_in**0.5
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """As a checkpoint loads: buffers outside the state dict stay, and so does what the family keeps
-    in float32."""
-    keep = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    in float32 (``_keep_in_fp32_modules`` is about float16 only)."""
+    keep = model._keep_in_fp32_modules_strict or ()
     kept = re.compile("|".join(rf"(^|\.){re.escape(part)}(\.|$)" for part in keep) or r"(?!)")
     saved = model.state_dict().keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -1,175 +1,121 @@
-"""``python -m tests.support [--check]``: which transformers families moe_fx turns into
-expert-parallel programs, as docs/support.md. ``--check`` writes nothing and exits 1 on drift.
+"""``python -m tests.support [--check] [--only blocks|models|quick] [--family NAME ...]``: which
+transformers families moe_fx turns into expert-parallel programs, as docs/support.md.
 
-Per family, implementation and dtype one MoE block is compiled on two ranks (gloo, base "eager",
-replicated weights, other tokens on each rank) and compared with eager.
+What was measured is kept in docs/support.json, from which the page is written: a part can be
+measured again by itself. ``--check`` writes nothing and exits 1 if what it measured (by default
+"quick", which .ci/run can afford) differs from what is kept, if a case is missing, or if the page
+does not follow from it.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.distributed as dist
 import transformers
 import typer
 
-import moe_fx
-from moe_fx.region import Declined
 from moe_fx.testing import RankPool
-from tests.families import BLOCKS, DECORATED, build, inputs
+from tests.models import FAMILIES
+from tests.support_cases import Case, Outcome, block_cases, model_cases, outcomes
+from tests.support_page import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
-DTYPES = (torch.float32, torch.bfloat16)
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-_BATCH = 12
-
-_HEAD = """# Families of transformers {version}
-
-Written by `python -m tests.support`; `.ci/run` checks that it still holds.
-
-One tiny MoE block of each family (`tests/families.py`), default settings of `torch.compile`.
-*captured*: Dynamo makes one graph of the block. *recognised*, *verified*: what `moe_fx.explain`
-says. *equal*: on two ranks (gloo, replicated weights, base "eager") the result is that of eager, to
-1e-5 in float32 and 5e-2 in bfloat16 relative to the largest value. In bfloat16 two correct programs
-may select other experts where the router nearly ties.
-
-The implementation is `experts_implementation`; families without have one form of their own ("-").
-
-"""
-_COLUMNS = ("family", "experts", "router", "implementation", "dtype")
-_RESULTS = ("captured", "recognised", "verified", "equal")
+DATA = PAGE.with_suffix(".json")
+_BATCH = 4
 
 
-@dataclass(frozen=True)
-class Case:
-    label: str
-    impl: str
-    dtype: torch.dtype
+class Part(str, Enum):
+    """quick: the blocks, and of the models one implementation in float32, but for the families that
+    `tests/e2e/test_families.py` runs."""
+
+    blocks = "blocks"
+    models = "models"
+    quick = "quick"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """equal: the results on this rank are those of eager. why: of what is not."""
-
-    graphs: int
-    regions: int
-    verified: int
-    equal: bool
-    experts: str
-    router: str
-    why: str
+def selected(part: Part | None, families: list[str]) -> list[Case]:
+    cases = {
+        Part.blocks: block_cases,
+        Part.models: model_cases,
+        Part.quick: lambda: [*block_cases(), *filter(_is_quick, model_cases())],
+        None: lambda: [*block_cases(), *model_cases()],
+    }[part]()
+    return [case for case in cases if not families or case.label in families]
 
 
-def cases() -> list[Case]:
-    return [
-        Case(label, impl if label in DECORATED else "-", dtype)
-        for label in BLOCKS
-        for impl in (("grouped_mm", "batched_mm") if label in DECORATED else ("-",))
-        for dtype in DTYPES
-    ]
+def _is_quick(case: Case) -> bool:
+    usual = case.impl == "grouped_mm" and case.dtype == "float32" and not case.dynamic
+    return usual and case.label not in FAMILIES
 
 
-def outcomes(rank: int, batch: list[Case]) -> list[Outcome]:
-    """On a rank: each case, compiled and compared."""
-    transformers.logging.set_verbosity_error()
-    torch._logging.set_logs(dynamo=logging.ERROR)
-    with torch.no_grad():
-        return [_outcome(rank, case) for case in batch]
-
-
-def _outcome(rank: int, case: Case) -> Outcome:
-    torch._dynamo.reset()
-    impl = "grouped_mm" if case.impl == "-" else case.impl
-    module, _ = build(case.label, impl, case.dtype)
-    values = inputs(case.label, case.dtype, seed=1 + rank)
-    expected = _tensor(module(*values))
-    reports: list[moe_fx.Report] = []
-    options = {"ep_group": dist.group.WORLD, "base": "eager", "on_report": reports.append}
-    compiled = torch.compile(module, backend="moe_fx", options=options)
-    found = _tensor(compiled(*values))
-    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
-    regions = [region for report in reports for region in report.regions]
-    declined = [entry for report in reports for entry in report.declined]
-    return Outcome(
-        graphs=len(reports),
-        regions=len(regions),
-        verified=sum(region.verified for region in regions),
-        equal=bool(error <= _TOLERANCE[case.dtype]),
-        experts=", ".join(f"{r.top_k} of {r.num_experts}" for r in regions),
-        router=", ".join(r.router.score for r in regions),
-        why=_why(len(reports), declined),
-    )
-
-
-def _tensor(result: object) -> torch.Tensor:
-    while isinstance(result, tuple):
-        result = result[0]
-    assert isinstance(result, torch.Tensor)
-    return result
-
-
-def _why(graphs: int, declined: list[Declined]) -> str:
-    reasons = [entry.reason for entry in declined]
-    if graphs > 1:
-        reasons.insert(0, f"{graphs} graphs")
-    return "; ".join(dict.fromkeys(reasons))
-
-
-def page(results: dict[Case, list[Outcome]]) -> str:
-    """Markdown: one row per case, grouped by what became of it."""
-    columns = (*_COLUMNS, *_RESULTS)
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_row(case, ranks))} |" for case, ranks in results.items()]
-    reasons: dict[str, str] = {}
-    for case, (first, *_) in results.items():
-        if first.regions != 1 or first.why:
-            reasons[case.label] = first.why or "no selection of experts in the graph"
-    text = _HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n"
-    if reasons:
-        text += "\nWhy not:\n\n" + "".join(f"- {k}: {v}\n" for k, v in reasons.items())
-    return text
-
-
-def _row(case: Case, ranks: list[Outcome]) -> list[str]:
-    def mark(holds: bool) -> str:
-        return "yes" if holds else "no"
-
-    first = ranks[0]
-    return [
-        case.label,
-        first.experts or "-",
-        first.router or "-",
-        case.impl,
-        str(case.dtype)[6:],
-        mark(first.graphs == 1),
-        mark(first.regions > 0),
-        mark(first.verified > 0),
-        mark(all(rank.equal for rank in ranks)) if first.regions else "-",
-    ]
-
-
-def measure() -> dict[Case, list[Outcome]]:
-    todo, results = cases(), {}
+def measure(cases: list[Case], keep: dict[Case, Outcome] | None = None) -> dict[Case, Outcome]:
+    """``keep`` is brought up to date and written after every batch."""
+    found: dict[Case, Outcome] = {}
     with RankPool(2) as pool:
-        for start in range(0, len(todo), _BATCH):
-            batch = todo[start : start + _BATCH]
-            by_rank = pool.run(outcomes, batch, timeout=60.0 * len(batch))
-            for case, *ranks in zip(batch, *by_rank, strict=True):
-                results[case] = list(ranks)
-    return results
+        for start in range(0, len(cases), _BATCH):
+            batch = cases[start : start + _BATCH]
+            by_rank = pool.run(outcomes, batch, timeout=300.0 * len(batch))
+            for case, first, *others in zip(batch, *by_rank, strict=True):
+                equal = first.equal and all(other.equal for other in others)
+                found[case] = replace(first, equal=equal)
+            if keep is not None:
+                _write(keep | found)
+    return found
 
 
-def main(check: Annotated[bool, typer.Option(help="Exit 1 if the page is stale.")] = False) -> None:
-    text = page(measure())
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        sys.exit(f"{PAGE} is stale: run `python -m tests.support` and read the difference")
+def _read() -> dict[Case, Outcome]:
+    if not DATA.exists():
+        return {}
+    kept = json.loads(DATA.read_text())
+    if kept["transformers"] != transformers.__version__:
+        return {}
+    return {Case(**entry["case"]): Outcome(**entry["outcome"]) for entry in kept["measured"]}
+
+
+def _write(results: dict[Case, Outcome]) -> None:
+    """In the order of the cases; what is no case any more goes."""
+    ordered = {case: results[case] for case in selected(None, []) if case in results}
+    lines = [
+        json.dumps({"case": asdict(case), "outcome": asdict(outcome)})
+        for case, outcome in ordered.items()
+    ]
+    head = f'{{"transformers": "{transformers.__version__}", "measured": [\n'
+    DATA.write_text(head + ",\n".join(lines) + "\n]}\n")
+    PAGE.write_text(page(ordered))
+
+
+def check(cases: list[Case]) -> list[str]:
+    """What does not hold."""
+    kept = _read()
+    wrong = [f"not measured: {case}" for case in selected(None, []) if case not in kept]
+    if not PAGE.exists() or PAGE.read_text() != page(kept):
+        wrong.append(f"{PAGE.name} does not follow from {DATA.name}")
+    found = measure(cases)
+    wrong += [
+        f"{case}\n  was {kept[case]}\n  is  {outcome}"
+        for case, outcome in found.items()
+        if case in kept and outcome != kept[case]
+    ]
+    return wrong
+
+
+def main(
+    check_only: Annotated[bool, typer.Option("--check", help="Exit 1 on a difference.")] = False,
+    only: Annotated[Part | None, typer.Option(help="Measure a part.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Measure these families.")] = None,
+    missing: Annotated[bool, typer.Option(help="Measure what has not been.")] = False,
+) -> None:
+    if check_only:
+        wrong = check(selected(only or Part.quick, family or []))
+        sys.exit("\n".join([*wrong, "run `python -m tests.support`"]) if wrong else 0)
+    kept = _read()
+    cases = selected(only, family or [])
+    measure([case for case in cases if not missing or case not in kept], kept)
 
 
 if __name__ == "__main__":
