@@ -139,12 +139,10 @@ def symbols(sizes: Iterable[Any], unknown: int) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for size in sizes:
         if isinstance(size, SymInt):
-            single = size.node.expr.is_symbol and size.node.has_hint()
+            env = size.node.shape_env
+            hints = getattr(env, "backed_var_to_val", env.var_to_val)  # the latter in torch 2.11
             for symbol in size.node.expr.free_symbols:
-                if single:
-                    found[symbol] = int(size.node.hint)
-                else:
-                    found.setdefault(symbol, unknown)
+                found[symbol] = int(hints.get(symbol, unknown))
     return found
 
 

@@ -247,11 +247,19 @@ class _Reader:
         attempts = Attempts(
             Refusal("the experts' rows are never all summed to one row per token", starts[0], 4)
         )
+        found: Reading | None = None
         for result in self._results(starts):
             with attempts:
-                return self._reading(tokens, starts, pairing, result)
-            with attempts:
-                return self._reading_of_split(tokens, starts, pairing, result)
+                reading = self._reading(tokens, starts, pairing, result)
+                if reading.weighing.node is not None:
+                    return reading
+                found = found or reading  # weighed further on, perhaps (Switch)
+                continue
+            if found is None:
+                with attempts:
+                    return self._reading_of_split(tokens, starts, pairing, result)
+        if found is not None:
+            return found
         raise attempts.furthest
 
     def _reading_of_split(

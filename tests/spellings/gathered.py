@@ -155,7 +155,7 @@ SPELLINGS = (
         "hash_routed",
         seeded(HashRouted),
         "gathered weights",
-        router=Router(renormalise=True),
+        router=Router("softplus_sqrt", selection="lookup", renormalise=True, verified=True),
         notes="ids from a table indexed by vocabulary entry: no selection by score",
     ),
     Spelling("gathered_matmul", seeded(GatheredMatmul), "gathered weights", router=_PLAIN),

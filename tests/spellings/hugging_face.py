@@ -102,6 +102,7 @@ SPELLINGS = (
         seeded(_first(_DOGE)),
         "gathered weights",
         num_experts=16,
+        shared_expert=True,
         notes="an expert is one row of each of two embeddings, picked by a product of two keys; "
         "logits of different tokens mix, so the selection is not per token",
     ),
