@@ -431,6 +431,7 @@ def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node
         and around.is_token_shaped(node)
         and len(shape(node)) == len(shape(result))
         and shape(node)[:-1] == shape(result)[:-1]
+        and (same(shape(node)[-1], shape(result)[-1]) or not isinstance(shape(result)[-1], int))
         and around.what(node) == "activation"
         and any(user in region and around.what(user) == "mixed" for user in node.users)
     ]

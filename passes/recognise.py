@@ -85,9 +85,10 @@ _ROWS_MET_TABLES = 3
 
 
 def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
-    """The rules name the op at fault: what they say, unless they never saw rows or tables."""
-    rules_saw_rows = by_rules.progress >= _ROWS_MET_TABLES
-    return by_rules if rules_saw_rows or by_value.progress < _ROWS_MET_TABLES else by_value
+    """The rules name the op at fault, if they know it."""
+    if by_rules.unknown and by_value.progress >= _ROWS_MET_TABLES:
+        return by_value
+    return by_rules
 
 
 def declined(node: Node, refusal: Refusal) -> Declined:
@@ -189,7 +190,9 @@ def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
     best = max(refusals, key=lambda refusal: refusal.progress)
     if best.progress == 0:
         return Refusal(
-            f"the selected indices never bring tokens to experts ({best.reason})", best.node
+            f"the selected indices never bring tokens to experts ({best.reason})",
+            best.node,
+            unknown=True,
         )
     return best
 

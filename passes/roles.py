@@ -24,11 +24,14 @@ Stage = Literal["token", "expert", "post"]
 
 
 class Refusal(Exception):
-    """A rule's condition does not hold; ``reason`` is for people, ``progress`` orders refusals."""
+    """A rule's condition does not hold; ``reason`` is for people, ``progress`` orders refusals.
+    ``unknown``: not that something is wrong, but that no rule says what it is."""
 
-    def __init__(self, reason: str, node: Node, progress: int = 0) -> None:
+    def __init__(
+        self, reason: str, node: Node, progress: int = 0, unknown: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.node, self.progress = reason, node, progress
+        self.reason, self.node, self.progress, self.unknown = reason, node, progress, unknown
 
 
 @dataclass(frozen=True)

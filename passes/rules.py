@@ -66,7 +66,10 @@ class Roles(DispatchRules, RowRules):
                 return role
         roles = sorted({type(r).__name__ for r in map(self.of.get, tensor_inputs(node)) if r})
         raise Refusal(
-            f"no rule for {node.target} on {', '.join(roles)}", node, self._progress(node)
+            f"no rule for {node.target} on {', '.join(roles)}",
+            node,
+            self._progress(node),
+            unknown=True,
         )
 
     def _tuple_item(self, node: Node) -> Role | None:

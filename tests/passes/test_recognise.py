@@ -211,7 +211,7 @@ class TokenByAnotherDivisor(Grouped):
 
 
 class TokenByRemainder(Grouped):
-    """no rule for aten.remainder"""
+    """not the weighted sum of the experts' rows"""
 
     def token_of_row(self, perm: Tensor) -> Tensor:
         return perm % 12
