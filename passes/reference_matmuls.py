@@ -27,11 +27,10 @@ def _grouped(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Ten
     rows, weight, offsets = args
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]
-    sizes = [b - a for a, b in zip(starts, ends, strict=True)]
     pieces = [
-        _matmul(part, matrix)
-        for part, matrix in zip(rows.split(sizes), weight.unbind(), strict=True)
-        if part.shape[0]
+        _matmul(rows[a:b], matrix)
+        for a, b, matrix in zip(starts, ends, weight.unbind(), strict=True)
+        if b > a
     ]
     return torch.cat([rows.new_zeros((0, weight.shape[2])), *pieces])
 

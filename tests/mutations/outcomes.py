@@ -57,9 +57,9 @@ def outcome(case: Captured, mutation: Mutation, verify: str) -> str:
             found = run_ranks(graphs, inputs[:world])
         except (RuntimeError, IndexError, MoeFxError) as error:
             return f"fails on {world} ranks: {error}"
-        error = relative_error(expected[:world], found)
-        if error > CLOSE:
-            return f"wrong by {error:.1e} on {world} ranks"
+        distance = relative_error(expected[:world], found)
+        if distance > CLOSE:
+            return f"wrong by {distance:.1e} on {world} ranks"
     return "equal"
 
 
