@@ -50,9 +50,7 @@ def moe_fx_backend(
         groups.add(parsed.ep_group.group_name)
     if not groups:
         return compiled
-    training = torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
-    )
+    training = is_training(example_inputs)
     return agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
 
 
@@ -69,9 +67,21 @@ def rewrite(
         report.declined.append(obstacle.declined)
         report.graphs += 1
         return module
-    context = passes.Context(options=options, report=report, group=options.ep_group)
+    context = passes.Context(
+        options=options,
+        report=report,
+        group=options.ep_group,
+        training=is_training(example_inputs),
+    )
     result = passes.run(captured, context)
     return module if result is captured else result
+
+
+def is_training(example_inputs: Sequence[Any]) -> bool:
+    """The base compiler will differentiate a graph with these inputs."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+    )
 
 
 def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 import moe_fx.passes as passes
+from moe_fx.backend import is_training
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
@@ -44,7 +45,12 @@ def explain(
             report.declined.append(obstacle.declined)
             report.graphs += 1
             return module.forward
-        context = passes.Context(options=parsed, report=report, group=parsed.ep_group)
+        context = passes.Context(
+            options=parsed,
+            report=report,
+            group=parsed.ep_group,
+            training=is_training(example_inputs),
+        )
         passes.run(captured, context, steps)
         return module.forward
 

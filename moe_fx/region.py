@@ -113,13 +113,17 @@ class Verification:
 
     routings: what was tried, each on random tokens and weights. ranks: how many the replacement was
     run for, in lock step. max_difference: largest relative difference seen; tolerance: the largest
-    that would have been accepted for the dtype.
+    that would have been accepted for the dtype. gradients: the inputs whose gradients were compared
+    too ("tokens", "weights", names of graph nodes); none unless the graph was captured for
+    training. max_gradient_difference: as max_difference, of these.
     """
 
     routings: tuple[str, ...]
     ranks: int
     max_difference: float
     tolerance: float
+    gradients: tuple[str, ...] = ()
+    max_gradient_difference: float | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Context:
     """What passes share while they work on one graph.
 
     group: the expert-parallel group from the options; a *gathered* program brings its own.
+    training: the graph will be differentiated.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.

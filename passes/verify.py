@@ -8,7 +8,8 @@ Pseudo-code, for one region::
     take the region out; make its replacement with the very code that will rewrite the graph,
     one per rank
     for each adversarial routing: run original and replacement on all ranks in lock step (real
-    collectives replaced by slicing), on random tokens and weights; outputs must be close
+    collectives replaced by slicing), on random tokens and weights; outputs must be close, and, in
+    a graph captured for training, so must the gradients of all floating inputs
 
 The replacement is thus checked with its exchange, its split into local experts and its order of
 experts. Equal regions (same graph, shapes and plan) are verified once, unless ``verify="always"``.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +29,18 @@ from torch.fx import GraphModule, Node
 from moe_fx import simulate
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.extract import Extract, extract_region, structure, translate
+from moe_fx.passes.gradients import (
+    NotDifferentiable,
+    choose_leaves,
+    cut_at,
+    gradient_cuts,
+    relative_errors,
+    run_with_gradients,
+)
 from moe_fx.passes.normalise import copy_graph
+from moe_fx.passes.reference_matmuls import reference_matmuls
 from moe_fx.passes.rewrite import rewrite_region
-from moe_fx.passes.roles import PerToken, is_grouped_matmul, shape, value
+from moe_fx.passes.roles import PerToken, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region, Verification, source_of
@@ -46,9 +57,10 @@ class Verify(Pass):
         kept: list[tuple[Region, ExchangePlan]] = []
         for region, plan in zip(context.regions, context.plans, strict=True):
             alone, region_alone = extract_region(region)
-            key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}"
+            cuts = gradient_cuts(alone, region_alone) if context.training else None
+            key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}\n{cuts and sorted(cuts)}"
             if key not in seen or context.options.verify == "always":
-                seen[key] = difference(alone, region_alone, plan)
+                seen[key] = difference(alone, region_alone, plan, cuts)
             found = seen[key]
             if isinstance(found, str):
                 combined = region.parts.combined
@@ -62,32 +74,68 @@ class Verify(Pass):
         return PassResult(module, changed=False)
 
 
-def difference(alone: Extract, region: Region, plan: ExchangePlan) -> Verification | str:
-    """What differs between the region and its replacement, or how it was seen that nothing does."""
-    rewritten = [replacement(alone, region, replace(plan, rank=r)) for r in range(plan.world_size)]
-    original = [alone.module] * plan.world_size
-    overrides = _reference_matmuls(alone.module)
+def difference(
+    alone: Extract, region: Region, plan: ExchangePlan, cuts: frozenset[str] | None = None
+) -> Verification | str:
+    """What differs between the region and its replacement, or how it was seen that nothing does.
+    cuts: gradients are compared too, none flowing through the nodes of these names."""
+    ranks = range(plan.world_size)
+    rewritten = [replacement(alone, region, replace(plan, rank=rank)) for rank in ranks]
+    original = [cut_at(alone.module, cuts or frozenset())] * plan.world_size
+    overrides = reference_matmuls(alone.module)
     tolerance = _tolerance(region)
     routings: list[str] = []
-    largest = 0.0
-    for what, counts, inputs in _trials(alone, region, plan):
+    compared: dict[str, None] = {}
+    largest, largest_gradient = 0.0, 0.0
+    held = 1 if cuts is None else plan.world_size
+    for what, counts, inputs in _trials(alone, region, plan, _token_count(region, held)):
         resize = [count.resize for count in counts]
-        try:
-            expected = simulate.run(original, inputs, overrides, resize)
-            found = simulate.run(rewritten, inputs, overrides, resize)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            return f"could not be verified with {what}: {type(error).__name__}: {error}"
+        leaves = [] if cuts is None else choose_leaves(inputs)
+        results = []
+        for side, modules in (("the layer", original), ("the rewrite", rewritten)):
+            run = partial(simulate.run, modules, overrides=overrides, resize=resize)
+            try:
+                results.append(run_with_gradients(run, inputs, leaves, seed=len(routings)))
+            except NotDifferentiable as error:
+                return f"{side} cannot be differentiated with {what}: {error}"
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                return f"could not be verified with {what}: {type(error).__name__}: {error}"
+        (expected, gradients), (found, found_gradients) = results
         for rank, ((left,), (right,)) in enumerate(zip(expected, found, strict=True)):
             distance = _relative_error(left, right)
             if distance > tolerance:
                 return (
                     f"the rewrite changed the result with {what}: relative difference "
-                    f"{distance:.1e} "
-                    f"on rank {rank} of {plan.world_size}"
+                    f"{distance:.1e} on rank {rank} of {plan.world_size}"
                 )
             largest = max(largest, distance)
+        distances = relative_errors(gradients, found_gradients)
+        for leaf, distance in zip(leaves, distances, strict=True):
+            name = _role(alone.copies[alone.inputs[leaf.position]], region)
+            if distance > tolerance:
+                where = "summed over" if leaf.rank is None else f"on rank {leaf.rank} of"
+                return (
+                    f"the rewrite changed the gradient of {name} with {what}: relative difference "
+                    f"{distance:.1e} {where} {plan.world_size} ranks"
+                )
+            compared[name] = None
+            largest_gradient = max(largest_gradient, distance)
         routings.append(what)
-    return Verification(tuple(routings), plan.world_size, largest, tolerance)
+    return Verification(
+        tuple(routings),
+        plan.world_size,
+        largest,
+        tolerance,
+        tuple(compared),
+        largest_gradient if compared else None,
+    )
+
+
+def _role(node: Node, region: Region) -> str:
+    """What an input of the extracted region is called in a report."""
+    if node is region.parts.tokens:
+        return "tokens"
+    return "weights" if node is region.parts.weights else node.name
 
 
 def _tolerance(region: Region) -> float:
@@ -114,10 +162,9 @@ def _moved(region: Region, to: Extract) -> Region:
 
 
 def _trials(
-    alone: Extract, region: Region, plan: ExchangePlan
+    alone: Extract, region: Region, plan: ExchangePlan, base: int
 ) -> Iterator[tuple[str, list[TokenCount], list[list[Any]]]]:
     generator = torch.Generator().manual_seed(0)
-    base = _token_count(region)
     tables = _tables(alone, region, plan, generator)
     experts = region.num_experts
     routings = _routings(region, generator)
@@ -211,33 +258,16 @@ def _tables(
     return tables
 
 
-def _token_count(region: Region) -> int:
-    """Few tokens, fewer where each row needs its own copy of large weights."""
+def _token_count(region: Region, held: int) -> int:
+    """Few tokens, fewer where each row needs its own copy of large weights. held: for so many
+    ranks these are in memory at once; autograd keeps them."""
     if region.form != "batched_mm":
         return 5
     largest = max(
         concrete(shape(t)[1]) * concrete(shape(t)[-1]) * value(t).element_size()
         for t in region.parts.tables
     )
-    return max(1, min(5, _WEIGHT_BUDGET_BYTES // (largest * region.top_k)))
-
-
-def _reference_matmuls(module: GraphModule) -> dict[Any, Any]:
-    """Grouped matmuls by the book: strided test weights and unaligned sizes are no issue."""
-    targets = {node.target for node in module.graph.nodes if is_grouped_matmul(node)}
-    targets.add(torch.ops.moe_fx.grouped_mm.default)
-    return dict.fromkeys(targets, _grouped_matmul)
-
-
-def _grouped_matmul(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-    rows, weight, offsets = args
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    pieces = [
-        rows[a:b] @ weight[e] for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a
-    ]
-    empty = rows.new_zeros((0, weight.shape[2]))
-    return torch.cat([empty, *pieces])
+    return max(1, min(5, _WEIGHT_BUDGET_BYTES // (largest * region.top_k * held)))
 
 
 def _relative_error(expected: Tensor, found: Tensor) -> float:

@@ -133,11 +133,16 @@ def captured(
 
 
 def rewritten(
-    module: GraphModule, world: int = 1, rank: int = 0, verify: str = "compile"
+    module: GraphModule,
+    world: int = 1,
+    rank: int = 0,
+    verify: str = "compile",
+    training: bool = False,
 ) -> tuple[GraphModule | None, Report]:
     """(rank's graph, or None if nothing was accepted; what the passes said)."""
     report = Report()
-    context = passes.Context(options=Options(verify=verify), report=report)  # type: ignore[arg-type]
+    options = Options(verify=verify)  # type: ignore[arg-type]
+    context = passes.Context(options=options, report=report, training=training)
     result = passes.run(module, context, passes.for_ranks(world, rank))
     return (None if result is module else result), report
 

@@ -1,0 +1,1 @@
+"""Real graphs with one thing changed, and what becomes of them: `python -m tests.mutations`."""
