@@ -140,7 +140,8 @@ def symbols(sizes: Iterable[Any], unknown: int) -> dict[Any, int]:
     for size in sizes:
         if isinstance(size, SymInt):
             env = size.node.shape_env
-            hints = getattr(env, "backed_var_to_val", env.var_to_val)  # the latter in torch 2.11
+            known = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
+            hints = getattr(env, known)  # the latter in torch 2.11
             for symbol in size.node.expr.free_symbols:
                 found[symbol] = int(hints.get(symbol, unknown))
     return found

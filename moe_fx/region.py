@@ -83,9 +83,9 @@ class Parts:
     tables: the per-expert tensors ``[E, ...]``; gathers: those of them that are all-gathered.
     distinct: no token meets an expert twice.
     weighs_tokens: the weights multiply tokens before the experts, not the experts' rows.
-    replaces: (captured result, node that takes its place) where the nodes above are not the captured
-    ones but stand beside them (`passes/canonical.py`); captured: the captured ones then, each with its part ("router",
-    "dispatch", "experts" or "combine").
+    replaces: (captured result, node that takes its place) where the nodes above are not captured
+    ones but stand beside them (`passes/canonical.py`); captured: those then, each with its part
+    ("router", "dispatch", "experts" or "combine").
     """
 
     select: Node

@@ -38,6 +38,7 @@ from moe_fx.compat import FakeValues
 from moe_fx.passes.anchors import Anchor, select
 from moe_fx.passes.copies import Copies, Pairing, paired
 from moe_fx.passes.extract import extract, structure
+from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     Refusal,
@@ -50,7 +51,7 @@ from moe_fx.passes.roles import (
     tensor_inputs,
     value,
 )
-from moe_fx.passes.row_layout import Body, RowLayout
+from moe_fx.passes.row_layout import RowLayout
 from moe_fx.passes.selectors import is_lookup_of_ids
 from moe_fx.passes.shared_ids import shared_by_rows
 from moe_fx.passes.split_sum import split_sum
@@ -148,7 +149,7 @@ class Readings:
 
 
 class Attempts:
-    """``with attempts: return …``: a refusal is kept, if none got further, and the next is tried."""
+    """``with attempts: return …``: a refusal is kept if none got further, and the next tried."""
 
     def __init__(self, otherwise: Refusal) -> None:
         self.furthest = otherwise
@@ -214,9 +215,7 @@ class _Reader:
             and self.around.what(node) == "parameter"
         )
 
-    def _unrolled(
-        self, num: int, first: Node
-    ) -> Iterator[tuple[list[Node], Pairing]]:
+    def _unrolled(self, num: int, first: Node) -> Iterator[tuple[list[Node], Pairing]]:
         for nodes in self.readings.copies.of(num, lambda node: first < node):
             if self.around.what(nodes[0]) in ("mixed", "activation"):
                 pairing = self._paired(nodes)
@@ -371,9 +370,7 @@ class _Reader:
                     stack.append(source)
         return sorted(n for n in found if not self.around.is_above(n))
 
-    def _captured(
-        self, trials: Trials, layout: RowLayout, weighing: Weighing
-    ) -> dict[Node, str]:
+    def _captured(self, trials: Trials, layout: RowLayout, weighing: Weighing) -> dict[Node, str]:
         ends = [n for n in (*self.ids.nodes, weighing.node, weighing.mask) if n is not None]
         routing, stack = set(ends), list(ends)
         while stack:
@@ -422,7 +419,7 @@ def _is_scaled(user: Node, cut: Node, layout: RowLayout) -> bool:
 
 
 def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node) -> Node | None:
-    """What the experts' rows are added to, if that is not zeros. ``others`` are known to be rows."""
+    """What the experts' rows are added to, if not zeros. ``others`` are known to be rows."""
     region = {*trials.nodes}
     found = [
         node
@@ -448,9 +445,7 @@ def _selections(anchor: Anchor) -> list[Selection]:
     selection = select(anchor)
     singles = [n for n in inner_selectors(selection) if n.target in _SINGLE]
     if len(singles) > 1 and all(n.target in _SINGLE for n in anchor.selectors):
-        selection = replace(
-            selection, top_k=len(singles), selectors=tuple(singles), distinct=False
-        )
+        selection = replace(selection, top_k=len(singles), selectors=tuple(singles), distinct=False)
     found = [selection]
     if selection.columns not in (0, selection.num_experts):
         found.insert(0, replace(selection, num_experts=selection.columns))

@@ -7,9 +7,10 @@ rewrite puts them in its place, and a region that is declined leaves them to dea
 
 Pseudo-code::
 
-    ids, weights [T, K] from the router's values;  counts, rows = expert_counts(ids), permute(tokens)
+    ids, weights [T, K] from the router's values
+    counts, rows = expert_counts(ids), permute(tokens)
     (rows times weights, if the model weighs tokens before the experts)
-    rows = body(rows);  combined = unpermute(rows, weights);  + base, in the result's shape and dtype
+    combined = unpermute(body(rows), weights);  + base, in the result's shape and dtype
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Matmuls of any spelling as one thing: operands with a letter for each dim, and the result's.
 
-``linear``, ``mm``, ``matmul``, ``bmm``, ``addmm``, ``baddbmm`` and a two-operand ``einsum`` all read
-as ``operands[0], operands[1] -> out`` with letters, as einsum has them; what else they add is the
+``linear``, ``mm``, ``matmul``, ``bmm``, ``addmm``, ``baddbmm`` and an ``einsum`` of two operands all
+read as ``operands[0], operands[1] -> out`` with letters, as einsum has them; what else they add is the
 ``bias``. Letters that the result lacks are summed.
 """
 
@@ -21,8 +21,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Contraction:
-    """``operands``: the two nodes; ``letters``: of each, one a dim; ``out``: of the result. ``bias``
-    is added, right-aligned with the result (None: nothing is)."""
+    """``operands``: the two nodes; ``letters``: of each, one a dim; ``out``: of the result.
+    ``bias`` is added, right-aligned with the result (None: nothing is)."""
 
     operands: tuple[Node, Node]
     letters: tuple[str, str]

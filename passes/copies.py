@@ -130,7 +130,7 @@ def _slices(nodes: Sequence[Node], parameters: Callable[[Node], bool]) -> Node |
         elif node.target is operator.getitem and getattr(source, "target", None) is (
             aten.unbind.int
         ):
-            if node.args != (source, position) or len(source.args) > 1 and source.args[1] != 0:
+            if node.args != (source, position) or (len(source.args) > 1 and source.args[1] != 0):
                 return None
         else:
             return None

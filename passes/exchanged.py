@@ -143,7 +143,7 @@ class _Candidate:
             form=_form(parts.body),
             program="exchanged",
             activation=activation_name(parts.body),
-            has_shared_expert=has_shared_expert(parts),
+            has_shared_expert=has_shared_expert(parts.combined, parts.tokens),
             source=source_of(self.select),
             input=parts.tokens.name,
             output=parts.combined.name,

@@ -14,7 +14,6 @@ from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Parts, Region
 
-
 aten = torch.ops.aten
 
 

@@ -151,11 +151,10 @@ def _einsum(node: Node) -> Spelling | None:
     order = sorted(range(3), key=lambda at: -len(letters[at]))
     one, other, last = (letters[at] for at in order)
     kept = "".join(x for x in dict.fromkeys(one + other) if x in last + out)
-    first = node.graph.call_function(
-        aten.einsum.default, (f"{one},{other}->{kept}", [operands[at] for at in order[:2]])
-    )
-    node.prepend(first)
-    first.meta = {**node.meta, "val": first.target(first.args[0], [value(n) for n in first.args[1]])}  # type: ignore[operator]
+    pair, first_equation = [operands[at] for at in order[:2]], f"{one},{other}->{kept}"
+    with node.graph.inserting_before(node):
+        first = node.graph.call_function(aten.einsum.default, (first_equation, pair))
+    first.meta = {**node.meta, "val": aten.einsum.default(first_equation, list(map(value, pair)))}
     return aten.einsum.default, (f"{kept},{last}->{out}", [first, operands[order[2]]]), {}
 
 

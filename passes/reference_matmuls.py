@@ -24,7 +24,11 @@ def reference_matmuls(module: GraphModule) -> dict[Any, Any]:
 
 
 def _grouped(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-    rows, weight, offsets = args
+    return grouped_matmul(*args)
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``[R, D]`` rows sorted by expert times ``[E, D, N]``."""
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]
     pieces = [

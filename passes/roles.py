@@ -27,9 +27,7 @@ class Refusal(Exception):
     """A rule's condition does not hold; ``reason`` is for people, ``progress`` orders refusals.
     ``unknown``: not that something is wrong, but that no rule says what it is."""
 
-    def __init__(
-        self, reason: str, node: Node, progress: int = 0, unknown: bool = False
-    ) -> None:
+    def __init__(self, reason: str, node: Node, progress: int = 0, unknown: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.node, self.progress, self.unknown = reason, node, progress, unknown
 

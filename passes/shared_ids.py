@@ -1,6 +1,7 @@
 """Ids that several rows share: ViTPose's expert per image, where an image is many rows.
 
-``[B]`` ids beside activations ``[B, R, H]`` are the ids ``[B * R]`` of as many tokens, each repeated.
+``[B]`` ids beside activations ``[B, R, H]`` are the ids ``[B * R]`` of as many tokens, each R
+times.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.layout import is_buffer
 from moe_fx.passes.names import view_root
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
@@ -35,7 +36,6 @@ from moe_fx.passes.roles import (
     tensor_inputs,
     value,
 )
-from moe_fx.passes.row_layout import is_buffer
 from moe_fx.passes.selectors import is_selector
 
 aten = torch.ops.aten
@@ -75,8 +75,8 @@ class Surroundings:
         scored = [_first_operand(node) for node in self.logits]
         self.scored = [node for node in scored if node is not None]
         self._above = _ancestors(self.scored)
-        self._what: dict[Node, What] = {node: "route" for node in self.logits}
-        self._what |= {node: "route" for node in selection.selectors}
+        self._what: dict[Node, What] = dict.fromkeys(self.logits, "route")
+        self._what |= dict.fromkeys(selection.selectors, "route")
 
     def what(self, node: Node) -> What:
         stack = [node]

@@ -1,8 +1,8 @@
 """Run a part of a captured graph on values of its own making: tokens, parameters, router logits.
 
 Contract. ``Trials.run(case)`` computes every node between the inputs (tokens, logits, parameters,
-and what else comes from outside) and a result, and the parameters that a body reads. Cases differ in
-the logits, and in the number of tokens where that is not fixed in the graph.
+and what else comes from outside) and a result, and the parameters that a body reads. Cases differ
+in the logits, and in the number of tokens where that is not fixed in the graph.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.layout import Body
 from moe_fx.passes.names import view_root
+from moe_fx.passes.reference_matmuls import grouped_matmul
 from moe_fx.passes.roles import Refusal, Selection, is_grouped_matmul, is_integer, shape, value
-from moe_fx.passes.row_layout import Body
 from moe_fx.passes.sizes import random_tensor, scalar
 from moe_fx.passes.surroundings import Surroundings
 
@@ -103,7 +104,8 @@ class Trials:
         return sorted(inside), sorted(inputs)
 
     def run(self, case: Case, gradients: bool = False) -> Values:
-        """Values of all nodes. Raises `Refusal` if the graph can't be run so."""
+        """Values of all nodes; with ``gradients``, such as autograd follows, from the floating
+        inputs on. Raises `Refusal` if the graph can't be run so."""
         numbers = self._sizes(case)
         generator = torch.Generator().manual_seed(case.seed)
         drawn = torch.Generator().manual_seed(7)  # parameters: the same in every case
@@ -124,9 +126,11 @@ class Trials:
             if gradients and isinstance(made, Tensor) and made.is_floating_point():
                 made = made.requires_grad_()
             values[node] = made
+        cut = _without_gradients(self.result.graph) if gradients else set()
         try:
             for node in self.nodes:
-                values[node] = call(node, values)
+                made = call(node, values)
+                values[node] = made.detach() if node in cut and isinstance(made, Tensor) else made
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise Refusal(
                 f"could not be run with {case.name}: {type(error).__name__}: {error}", node, 4
@@ -188,7 +192,7 @@ class Trials:
 
 def call(node: Node, values: Values) -> Any:
     """One node on given values; grouped matmuls by the book."""
-    args = map_arg(node.args, values.__getitem__)
+    args: Any = map_arg(node.args, values.__getitem__)
     kwargs = map_arg(node.kwargs, values.__getitem__)
     if is_grouped_matmul(node):
         return grouped_matmul(*args[:3])
@@ -196,13 +200,15 @@ def call(node: Node, values: Values) -> Any:
     return node.target(*args, **kwargs)
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    pieces = [
-        rows[a:b] @ weight[e] for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a
-    ]
-    return torch.cat([rows.new_zeros((0, weight.shape[2])), *pieces])
+def _without_gradients(graph: Graph) -> set[Node]:
+    """Nodes that the model computes under ``torch.no_grad``."""
+    enabled, found = True, set()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled:
+            found.add(node)
+    return found
 
 
 def _as_tuple(nodes: Node | tuple[Node, ...]) -> tuple[Node, ...]:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_fx.passes.gradients import relative_errors
+from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import Refusal, Selection, same, shape, value
-from moe_fx.passes.row_layout import Body
 from moe_fx.passes.trials import Trials, Values, call
 
 Shape = Literal["pairs", "experts", "experts first", "places", "ones"]
@@ -36,6 +37,7 @@ _MASKS = 4
 _SECONDS = 30.0
 _AT_LEAST = 4
 _SMALL = 1 << 20
+_ROUNDING = 1e-2  # of a base that the experts' rows are small beside
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,12 @@ def _is_per_pair(node: Node, selection: Selection) -> bool:
     dims = shape(node)
     return bool(dims) and (
         _counts(dims, selection.num_pairs)
-        and (same(dims[-1], selection.top_k) or same(dims[-1], 1) or len(dims) == 1 or selection.top_k == 1)
+        and (
+            same(dims[-1], selection.top_k)
+            or same(dims[-1], 1)
+            or len(dims) == 1
+            or selection.top_k == 1
+        )
     )
 
 
@@ -221,7 +228,8 @@ class _Sample:
         self.tokens = tokens.reshape(-1, tokens.shape[-1])
         result = values[trials.result]
         self.expected = (result if base is None else result - values[base]).flatten(0, -2)
-        self.scale = float(result.detach().double().abs().max().clamp_min(1e-30))
+        largest = [float(x.detach().abs().max()) for x in (self.expected, result)]
+        self.scale = max(largest[0], _ROUNDING * largest[1], 1e-30)
         self._plain: Tensor | None = None
 
     def found(self, weighing: Weighing) -> Tensor:
@@ -249,7 +257,9 @@ class _Sample:
         values: Values = {body.rows: rows, body.ids: self.sorted, body.offsets: self.offsets}
         for placeholder, of in body.operands.items():
             values[placeholder] = (
-                self.values[of] if isinstance(of, Node) else torch.stack([self.values[n] for n in of])
+                self.values[of]
+                if isinstance(of, Node)
+                else torch.stack([self.values[n] for n in of])
             )
         for node in body.graph.nodes:
             if node.op == "call_function":
@@ -259,8 +269,9 @@ class _Sample:
     def error(self, weighing: Weighing) -> float:
         try:
             found = self.found(weighing)
-        except (RuntimeError, IndexError) as error:
-            raise Refusal(f"the experts' body could not be run by rows: {error}", self.trials.result, 4) from None
+        except (RuntimeError, IndexError) as failure:
+            reason = f"the experts' body could not be run by rows: {failure}"
+            raise Refusal(reason, self.trials.result, 4) from None
         if found.shape != self.expected.shape:
             return float("inf")
         difference = (found.double() - self.expected.double()).abs().max() / self.scale
@@ -284,27 +295,33 @@ def _check_gradients(
     with torch.enable_grad():
         values = trials.run(trials.cases[0], gradients=True)
         sample = _Sample(trials, ids, body, base, values)
-        leaves = [
-            values[n]
-            for n in trials.inputs
-            if isinstance(values[n], Tensor) and values[n].requires_grad and values[n].numel() <= _SMALL
-        ]
+        if not sample.expected.requires_grad:
+            return  # the layer is under torch.no_grad, as what takes its place will be
+        leaves = {
+            node: values[node]
+            for node in trials.inputs
+            if isinstance(values[node], Tensor)
+            and values[node].requires_grad
+            and values[node].numel() <= _SMALL
+        }
         found = sample.found(weighing)
-        cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
-        pairs = [
-            torch.autograd.grad((out * cotangent).sum(), leaves, retain_graph=True, allow_unused=True)
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(found.shape, generator=generator).to(found.dtype)
+        theirs, ours = (
+            torch.autograd.grad(
+                (out * cotangent).sum(),
+                list(leaves.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
             for out in (sample.expected, found)
-        ]
-    for leaf, node, one, other in zip(leaves, _floating(trials, values), *pairs, strict=True):
-        one, other = (torch.zeros_like(leaf) if g is None else g for g in (one, other))
-        error = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.numel() else 0.0
-        if not error <= 10 * tolerance and float((one - other).abs().max()) > tolerance:
-            raise Refusal(f"the gradient of {node} is another: relative difference {error:.1e}", trials.result, 6)
-
-
-def _floating(trials: Trials, values: Values) -> list[Node]:
-    return [
-        n
-        for n in trials.inputs
-        if isinstance(values[n], Tensor) and values[n].requires_grad and values[n].numel() <= _SMALL
-    ]
+        )
+    for node, error in zip(leaves, relative_errors(theirs, ours), strict=True):
+        if error > 10 * tolerance:
+            raise Refusal(
+                f"the gradient of {node} is not that of a weighted sum of the experts' rows: "
+                f"relative difference {error:.1e}",
+                trials.result,
+                6,
+            )

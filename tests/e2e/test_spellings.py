@@ -141,7 +141,9 @@ def test_router_and_form(name: str) -> None:
         report = moe_fx.explain(spelling.build(), spelling.tokens(), ranks=2)
     (region,) = report.regions
     # softmax over the selected logits is the renormalised softmax over all
-    found, expected = (replace(r, softmax_after_topk=False) for r in (region.router, spelling.router))
+    found, expected = (
+        replace(r, softmax_after_topk=False) for r in (region.router, spelling.router)
+    )
     if spelling.drops or name in CUSTOM:
         assert (found.score, found.verified) == ("custom", False) and found.note
     else:
