@@ -113,7 +113,21 @@ def check(spelling: Spelling, by_rank: list[Outcome], tolerance_factor: float = 
         assert region.has_shared_expert == spelling.shared_expert
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+def _slow_but(*quick: str) -> list[object]:
+    """Names of spellings; all but ``quick`` run with the slow tests."""
+    assert set(quick) <= set(SPELLINGS)
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in SPELLINGS]
+
+
+ONE_OF_EACH = _slow_but(
+    *("gpt_fast", "gathered_one_hot", "torchtitan_grouped_before", "sorted_index_add_shared"),
+    *("megatron_routing_map", "torchtitan_for_loop", "classic_mixtral", "classic_mixtral_stacked"),
+    *("dense_einsum", "gpt_oss_dense", "masked_loop_where", "gshard_drops", "padded_slots_drops"),
+    *("switch_loop", "hf_llama4", "hf_jetmoe", "hf_doge", "hf_vitpose"),
+)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_right_on_two_ranks(name: str, ranks: RankPool) -> None:
     check(SPELLINGS[name], ranks.run(outcome, name, "static", False, timeout=120.0))
 
@@ -130,7 +144,7 @@ def test_gradients_on_two_ranks(name: str, ranks: RankPool) -> None:
     check(SPELLINGS[name], ranks.run(outcome, name, "static", True, timeout=120.0), 10.0)
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_router_and_form(name: str) -> None:
     spelling = SPELLINGS[name]
     settings = {
