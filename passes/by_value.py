@@ -55,7 +55,12 @@ from moe_fx.passes.row_layout import RowLayout
 from moe_fx.passes.selectors import is_lookup_of_ids
 from moe_fx.passes.shared_ids import shared_by_rows
 from moe_fx.passes.split_sum import split_sum
-from moe_fx.passes.surroundings import Surroundings, inner_selectors, post_dominators
+from moe_fx.passes.surroundings import (
+    Surroundings,
+    inner_selectors,
+    is_summed_over_ranks,
+    post_dominators,
+)
 from moe_fx.passes.trials import Trials
 from moe_fx.passes.weighing import Ids, Weighing, prove
 
@@ -296,6 +301,10 @@ class _Reader:
         pairing: Pairing,
         result: Node,
     ) -> Reading:
+        if is_summed_over_ranks(result):
+            raise Refusal(
+                "the result is summed over ranks, so no rank holds whole experts", result, 6
+            )
         layout = self._layout(tokens, pairing)
         if pairing.differ:
             cut = starts[0]

@@ -55,6 +55,7 @@ class _Splicer:
         elif old.op != "call_function" or old.target is node.target:
             if (old.args, old.kwargs) != (args, kwargs):
                 old.args, old.kwargs = args, kwargs
+                old.meta["val"] = node.meta.get("val", old.meta.get("val"))
             self.stands_for[node] = old
         elif all(self.stands_for[n] is self.origin.get(n) for n in node.all_input_nodes):
             self.stands_for[node] = old

@@ -39,6 +39,10 @@ from moe_fx.passes.roles import (
 from moe_fx.passes.selectors import is_selector
 
 aten = torch.ops.aten
+_SUMS_OVER_RANKS = (
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+)
 
 What = Literal["route", "parameter", "table", "buffer", "activation", "mixed"]
 
@@ -215,6 +219,21 @@ def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:
             if user not in seen:
                 seen.add(user)
                 heapq.heappush(queue, user)
+
+
+def is_summed_over_ranks(node: Node) -> bool:
+    """Whether a collective adds up ``node``: it is then one rank's share (tensor parallelism)."""
+    readers = list(node.users)
+    while readers:
+        reader = readers.pop()
+        if reader.target in (
+            _COLLECTIVES.all_reduce.default,
+            _COLLECTIVES.reduce_scatter_tensor.default,
+        ):
+            return True
+        if reader.target in (*VIEWS, *ELEMENTWISE_COPIES):
+            readers += reader.users
+    return False
 
 
 def _is_table(node: Node) -> bool:

@@ -71,6 +71,9 @@ class Trials:
         self.selection, self.around, self.tokens, self.result = selection, around, tokens, result
         operands = [of for value in body.operands.values() for of in _as_tuple(value)]
         self.nodes, self.inputs = self._region([result, *operands, *ids])
+        for node in self.nodes:
+            if "c10d" in getattr(node.target, "namespace", ""):
+                raise Refusal("a collective takes part between tokens and result", node, 5)
         dims = [size for node in self.inputs for size in shape(node)]
         dims += [value(n) for n in self.inputs if isinstance(value(n), torch.SymInt)]
         self._numbers = symbols(dims, _UNKNOWN)

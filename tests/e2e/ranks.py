@@ -260,7 +260,7 @@ def expert_memory(rank: int, path: str) -> tuple[int, int, int, int]:
 
 
 class DenseExperts(nn.Module):
-    """Every expert on every token, then a masked sum: a spelling the recogniser does not know."""
+    """Every expert on every token, and a sum that no weights can stand for."""
 
     def __init__(self, num_experts: int = 4, hidden: int = 16) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class DenseExperts(nn.Module):
         values, ids = self.gate(x).softmax(-1).topk(2)
         mask = torch.zeros(x.shape[0], self.num_experts, dtype=x.dtype).scatter(1, ids, values)
         everything = torch.einsum("th,ehk->etk", x, self.weight)
-        return torch.einsum("etk,te->tk", everything, mask)
+        return torch.tanh(everything * mask.t().unsqueeze(-1)).sum(0)
 
 
 def unknown_spelling(rank: int) -> tuple[float, list[dict[str, str]], bool]:

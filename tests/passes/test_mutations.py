@@ -51,7 +51,7 @@ def test_structure_alone_accepts_no_changed_graph_as_another_program(
     assert wrong(outcomes) == {}
     counts = Counter(outcomes.values())
     assert counts["equal"] + counts["declined"] >= 45
-    assert counts["declined"] >= 15
+    assert counts["declined"] >= 10
 
 
 @pytest.mark.parametrize(("family", "form"), [("gpt_oss", "grouped_mm")])
