@@ -1,8 +1,8 @@
 """Matmuls of any spelling as one thing: operands with a letter for each dim, and the result's.
 
-``linear``, ``mm``, ``matmul``, ``bmm``, ``addmm``, ``baddbmm`` and an ``einsum`` of two operands all
-read as ``operands[0], operands[1] -> out`` with letters, as einsum has them; what else they add is the
-``bias``. Letters that the result lacks are summed.
+``linear``, ``mm``, ``matmul``, ``bmm``, ``addmm``, ``baddbmm`` and an ``einsum`` of two operands
+all read as ``operands[0], operands[1] -> out`` with letters, as einsum has them; what else they add
+is the ``bias``. Letters that the result lacks are summed.
 """
 
 from __future__ import annotations

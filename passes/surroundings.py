@@ -226,10 +226,7 @@ def is_summed_over_ranks(node: Node) -> bool:
     readers = list(node.users)
     while readers:
         reader = readers.pop()
-        if reader.target in (
-            _COLLECTIVES.all_reduce.default,
-            _COLLECTIVES.reduce_scatter_tensor.default,
-        ):
+        if reader.target in _SUMS_OVER_RANKS:
             return True
         if reader.target in (*VIEWS, *ELEMENTWISE_COPIES):
             readers += reader.users
