@@ -1,0 +1,135 @@
+"""Reading by value: a spelling that no rule knows, and is changed, is read as changed or declined.
+
+Each sibling breaks one thing of a dense layer. None may become the layer it looks like.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_fx.passes.feature_dims import regrouped
+from tests.passes.graphs import captured, relative_error, rewritten_on_ranks, run_ranks, tokens
+
+EXPERTS, HIDDEN, WIDTH = 8, 32, 24
+
+
+class Dense(nn.Module):
+    """Every expert on every token, weighed by a gate matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5)
+
+        self.gate, self.norm = random(EXPERTS, HIDDEN), random(HIDDEN)
+        self.up, self.down = random(EXPERTS, HIDDEN, WIDTH), random(EXPERTS, WIDTH, HIDDEN)
+        self.bias = random(EXPERTS, HIDDEN)
+
+    def gates(self, x: Tensor) -> Tensor:
+        weights, ids = F.linear(x, self.gate).softmax(-1).topk(2)
+        return torch.zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+
+    def rows(self, x: Tensor) -> Tensor:
+        hidden = F.silu(torch.einsum("td,edf->tef", x, self.up))
+        return torch.einsum("tef,efd->ted", hidden, self.down)
+
+    def combine(self, rows: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("ted,te->td", rows, gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(self.rows(x), self.gates(x), x)
+
+
+class NextExpertsGate(Dense):
+    def gates(self, x: Tensor) -> Tensor:
+        return super().gates(x).roll(1, dims=1)
+
+
+class WeighedTwice(Dense):
+    def combine(self, rows: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+        return super().combine(rows, gates * gates, x)
+
+
+class Biased(Dense):
+    def rows(self, x: Tensor) -> Tensor:
+        return super().rows(x) + self.bias
+
+
+class NextExpertsTable(Dense):
+    def rows(self, x: Tensor) -> Tensor:
+        hidden = F.silu(torch.einsum("td,edf->tef", x, self.up.roll(1, dims=0)))
+        return torch.einsum("tef,efd->ted", hidden, self.down)
+
+
+class ResidualInside(Dense):
+    def rows(self, x: Tensor) -> Tensor:
+        return super().rows(x) + x.unsqueeze(1)
+
+
+class AllExperts(Dense):
+    """Not two of them: the rest have weights too."""
+
+    def gates(self, x: Tensor) -> Tensor:
+        return super().gates(x) + 0.1
+
+
+class NeighboursRows(Dense):
+    def rows(self, x: Tensor) -> Tensor:
+        return super().rows(x).roll(1, dims=0)
+
+
+class CentredTokens(Dense):
+    """What each rank sends is made of its own tokens, as captured."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return super().rows(x - x.mean(0, keepdim=True))
+
+
+class SquashedAfterwards(Dense):
+    def combine(self, rows: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(rows * gates.unsqueeze(-1)).sum(1)
+
+
+READ = (Dense, WeighedTwice, Biased, CentredTokens)
+EITHER = (NextExpertsGate, NextExpertsTable, ResidualInside)
+DECLINED = (AllExperts, NeighboursRows, SquashedAfterwards)
+
+
+@pytest.mark.parametrize("verify", ["off", "compile"])
+@pytest.mark.parametrize("kind", [*READ, *EITHER, *DECLINED], ids=lambda kind: kind.__name__)
+def test_a_change_is_read_as_changed_or_declined(kind: type[Dense], verify: str) -> None:
+    case = captured(kind(), tokens(22, HIDDEN))
+    graphs, report = rewritten_on_ranks(case.module, 2, verify)
+    if graphs is None:
+        assert kind not in READ, report.declined
+        assert report.declined and all(entry.reason for entry in report.declined)
+        return
+    assert kind not in DECLINED
+    inputs = [case.other_inputs(seed=10 + rank) for rank in range(2)]
+    with torch.no_grad():
+        expected = [case.module(*values) for values in inputs]
+    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("before", "features", "after", "expected"),
+    [
+        ((6, 4), (False, True), (2, 3, 4), (False, False, True)),
+        ((6, 4), (False, True), (6, 1, 2, 2), (False, False, True, True)),
+        ((8, 22, 4), (False, False, True), (176, 4), (False, True)),
+        ((6, 4), (False, True), (24,), None),
+        ((6, 4), (False, True), (3, 8), None),
+    ],
+)
+def test_a_reshape_keeps_rows_and_features_apart(
+    before: tuple[int, ...],
+    features: tuple[bool, ...],
+    after: tuple[int, ...],
+    expected: tuple[bool, ...] | None,
+) -> None:
+    assert regrouped(before, features, after) == expected
