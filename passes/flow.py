@@ -24,10 +24,10 @@ class Flow:
         return (node for node in self.nodes if node.target is target)
 
     def above(self, *starts: Node) -> set[Node]:
-        return _closure(starts, lambda node: node.all_input_nodes)
+        return closure(starts, lambda node: node.all_input_nodes)
 
     def below(self, *starts: Node) -> set[Node]:
-        return _closure(starts, lambda node: node.users)
+        return closure(starts, lambda node: node.users)
 
     def ordered(self, nodes: Iterable[Node]) -> list[Node]:
         return sorted(nodes, key=self.position.__getitem__)
@@ -56,7 +56,8 @@ class Flow:
         return {node for node in found if node.target is aten.topk.default}
 
 
-def _closure(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+def closure(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """``starts`` and all that is reached from them by ``step``."""
     found, stack = set(starts), list(starts)
     while stack:
         for node in step(stack.pop()):

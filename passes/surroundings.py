@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.compat import number, symbols
+from moe_fx.passes.flow import closure
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.layout import is_buffer
 from moe_fx.passes.names import view_root
@@ -78,7 +79,7 @@ class Surroundings:
         self.logits = _logits(selection)
         scored = [_first_operand(node) for node in self.logits]
         self.scored = [node for node in scored if node is not None]
-        self._above = _ancestors(self.scored)
+        self._above = closure(self.scored, lambda node: node.all_input_nodes)
         self._what: dict[Node, What] = dict.fromkeys(self.logits, "route")
         self._what |= dict.fromkeys(selection.selectors, "route")
 
@@ -287,13 +288,3 @@ def _first_operand(node: Node) -> Node | None:
     sources = tensor_inputs(node)
     at = 1 if node.target is aten.addmm.default else 0
     return sources[at] if len(sources) > at else None
-
-
-def _ancestors(nodes: list[Node]) -> set[Node]:
-    found, stack = set(nodes), list(nodes)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch.fx import Node
 
+from moe_fx.passes.flow import closure
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.names import view_root
 from moe_fx.passes.roles import Refusal, Role, is_grouped_matmul, is_unary_rowwise, shape
@@ -88,10 +89,4 @@ def _origin(table: Node) -> Node:
 
 
 def _ancestors(node: Node) -> set[Node]:
-    found, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
+    return closure([node], lambda n: n.all_input_nodes)
