@@ -85,7 +85,6 @@ class Reading:
     result: Node
     base: Node | None
     captured: dict[Node, str]
-    trials: tuple[str, ...]
     form: str
 
 
@@ -94,11 +93,9 @@ class Readings:
 
     def __init__(self, graph: Graph, training: bool) -> None:
         self.graph, self.training = graph, training
-        self._proved: dict[str, tuple[int | None, int | None, Weighing, tuple[str, ...]] | str] = {}
+        self._proved: dict[str, tuple[int | None, int | None, Weighing] | str] = {}
 
-    def prove(
-        self, trials: Trials, ids: Ids, body: Body, base: Node | None
-    ) -> tuple[Weighing, tuple[str, ...]]:
+    def prove(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> Weighing:
         """`weighing.prove`, once for equal layers."""
         alone = extract(trials.nodes, [trials.result])
         members = [*alone.inputs, *trials.nodes]
@@ -114,22 +111,21 @@ class Readings:
         if isinstance(known, str):
             raise Refusal(known, trials.result, 6)
         if known is not None:
-            node, mask, weighing, tried = known
-            here = replace(
+            node, mask, weighing = known
+            return replace(
                 weighing,
                 node=None if node is None else members[node],
                 mask=None if mask is None else members[mask],
             )
-            return here, tried
         try:
-            weighing, tried = prove(trials, ids, body, base, self.training)
+            weighing = prove(trials, ids, body, base, self.training)
         except Refusal as refusal:
             if refusal.progress == 6:
                 self._proved[key] = refusal.reason
             raise
         positions = [None if n is None else at[n] for n in (weighing.node, weighing.mask)]
-        self._proved[key] = (positions[0], positions[1], weighing, tried)
-        return weighing, tried
+        self._proved[key] = (positions[0], positions[1], weighing)
+        return weighing
 
     @cached_property
     def copies(self) -> Copies:
@@ -320,7 +316,7 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        weighing, tried = self.readings.prove(trials, self.ids, body, base)
+        weighing = self.readings.prove(trials, self.ids, body, base)
         return Reading(
             selection=self.selection,
             tokens=tokens[0],
@@ -330,7 +326,6 @@ class _Reader:
             result=result,
             base=base,
             captured=self._captured(trials, layout, weighing),
-            trials=tried,
             form=self._form(pairing, trials.nodes),
         )
 
@@ -436,7 +431,7 @@ def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node
         if node not in others
         and around.is_token_shaped(node)
         and len(shape(node)) == len(shape(result))
-        and shape(node)[:-1] == shape(result)[:-1]
+        and all(map(same, shape(node)[:-1], shape(result)[:-1]))
         and (same(shape(node)[-1], shape(result)[-1]) or not isinstance(shape(result)[-1], int))
         and around.what(node) == "activation"
         and any(user in region and around.what(user) == "mixed" for user in node.users)

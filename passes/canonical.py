@@ -32,6 +32,7 @@ from moe_fx.passes.roles import (
     Role,
     Rows,
     RowTable,
+    same,
     shape,
     tensor_inputs,
     value,
@@ -249,4 +250,4 @@ class _Builder:
 
 
 def _same_columns(node: Node, top_k: int) -> bool:
-    return shape(node)[-1] == top_k
+    return same(shape(node)[-1], top_k)

@@ -1,7 +1,7 @@
 """Which of a router's values weigh the experts' rows, found and proved by value.
 
 Contract. ``prove(trials, …)`` returns the `Weighing` with which the weighted sum of the body's rows
-is the captured result, in every trial, and the names of the trials. Raises `Refusal` saying by how
+is the captured result, in every trial. Raises `Refusal` saying by how
 much the nearest one missed.
 
 Pseudo-code::
@@ -81,20 +81,16 @@ class Weighing:
         return weights
 
 
-def prove(
-    trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool
-) -> tuple[Weighing, tuple[str, ...]]:
+def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool) -> Weighing:
     samples = _Samples(trials, ids, body, base)
     tolerance = _tolerance(trials)
     missed: tuple[float, str] | None = None
     for weighing in _weighings(trials, body):
         miss = samples.miss(weighing, tolerance)
         if miss is None:
-            tried = list(samples.names)
             if training:
                 _check_gradients(trials, ids, body, base, weighing, tolerance)
-                tried.append("gradients")
-            return weighing, tuple(tried)
+            return weighing
         if missed is None or samples.got_further(miss, missed):
             missed = miss
     assert missed is not None
@@ -122,10 +118,6 @@ class _Samples:
         self.trials, self.ids, self.body, self.base = trials, ids, body, base
         self.started = time.perf_counter()
         self._made: list[_Sample] = []
-
-    @property
-    def names(self) -> list[str]:
-        return [case.name for case, _ in zip(self.trials.cases, self._made, strict=False)]
 
     def _each(self) -> Iterator[_Sample]:
         for at, case in enumerate(self.trials.cases):
