@@ -93,8 +93,8 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
 
 
 def _check_strict(report: Report) -> None:
-    if report.declined or not report.regions:
-        found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
+    if report.missed or not report.regions:
+        found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
         raise NothingMatched(
             f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
             f"candidate was: {found or 'the graph selects no experts'}. Use "

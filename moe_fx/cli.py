@@ -79,7 +79,7 @@ def explain_command(
         typer.Option(min=1, help="Plan and verify for so many expert-parallel ranks."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit status 1 if any candidate was declined.")
+        bool, typer.Option("--strict", help="Exit status 1 if a layer may have been missed.")
     ] = False,
     json: Annotated[
         Path | None, typer.Option(help="Also write the report as JSON (docs/report.md).")
@@ -93,7 +93,7 @@ def explain_command(
 
     Captures the model and runs it once as it is; compiles nothing and needs no process group.
 
-    Exit status: 0 if an MoE layer was found; 1 if none was, or (--strict) a candidate was declined;
+    Exit status: 0 if an MoE layer was found; 1 if none was, or (--strict) one may be missed;
     2 if the target or an option cannot be used.
     """
     try:
@@ -110,7 +110,7 @@ def explain_command(
         report.to_json(json)
     if html is not None:
         report.to_html(html)
-    raise typer.Exit(0 if report.regions and not (strict and report.declined) else 1)
+    raise typer.Exit(0 if report.regions and not (strict and report.missed) else 1)
 
 
 def _fail(error: MoeFxError) -> Any:

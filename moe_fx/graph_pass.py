@@ -52,8 +52,9 @@ class MoEPass(CustomGraphPass):
     """Makes expert-parallel programs of the MoE layers in a post-grad graph, in place.
 
     ``options``: `moe_fx.Options`, or a mapping of them; ``base`` has no meaning here, and under
-    ``strict`` a declined candidate raises `NothingMatched` (a graph without any does not). The
-    report of each graph seen is appended to ``reports`` and given to ``options.on_report``.
+    ``strict`` a missed candidate (`Report.missed`) raises `NothingMatched` (a graph without any
+    does not). The report of each graph seen is appended to ``reports`` and given to
+    ``options.on_report``.
 
     ::
 
@@ -81,8 +82,8 @@ class MoEPass(CustomGraphPass):
         if self.options.on_report is not None:
             self.options.on_report(report)
         log.info("%s", report)
-        if self.options.strict and report.declined:
-            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.declined)
+        if self.options.strict and report.missed:
+            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
             raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
         if result is not module:
             self._agree_when_run(result, report)

@@ -22,7 +22,7 @@ class Options(BaseModel):
         other registered torch.compile backend.
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.
-    strict: a candidate that was not rewritten, or none at all, is an error.
+    strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """

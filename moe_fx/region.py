@@ -185,9 +185,12 @@ class Declined:
 
     node: name of the graph node at which the condition failed; source: its ``file:line``;
     nearest_form: the form whose conditions went furthest before one failed.
+    reads_experts: False if nothing behind the selection reads a table of as many experts as it
+        selects from (attention to selected tokens, sampling): no MoE layer was missed here.
     """
 
     reason: str
     node: str
     source: str
     nearest_form: str = ""
+    reads_experts: bool = True

@@ -45,6 +45,11 @@ class Report:
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
+    @property
+    def missed(self) -> list[Declined]:
+        """The declined candidates that may be MoE layers: what ``strict`` refuses."""
+        return [declined for declined in self.declined if declined.reads_experts]
+
     def to_dict(self) -> dict[str, Any]:
         """What `to_json` writes."""
         return {

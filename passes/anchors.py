@@ -12,7 +12,8 @@ Pseudo-code, one pass over the graph::
 
 Not a candidate, so never in a report: ``max``, ``argmax``, descending ``sort`` or an integer lookup
 whose indices dispatch nothing. If all they do is mark positions (one-hot, ``ids == 3``), the anchor
-is not ``certain``: a region is looked for, a refusal is not reported. A top-k always is.
+is not ``certain``: a region is looked for, a refusal is reported only if rows met a table of as
+many experts as are selected from. A top-k always is.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
+    NoExperts,
     Refusal,
     Selection,
     argument,
@@ -137,7 +138,7 @@ class Readings:
 
     def read(self, anchor: Anchor) -> Reading:
         """The region of ``anchor``'s selection."""
-        attempts = Attempts(Refusal("no op on tokens reads a table of experts", anchor.node, 0))
+        attempts = Attempts(NoExperts(anchor.node))
         for selection in _selections(anchor):
             with attempts:
                 return _Reader(selection, _ids(anchor, selection), self).read()
@@ -173,9 +174,7 @@ class _Reader:
             raise Refusal("no scores of experts were found above the selection", selection.node, 0)
 
     def read(self) -> Reading:
-        attempts = Attempts(
-            Refusal("no op on tokens reads a table of experts", self.selection.node, 0)
-        )
+        attempts = Attempts(NoExperts(self.selection.node))
         for starts, pairing in self.starts():
             with attempts:
                 return self.read_from(starts, pairing)

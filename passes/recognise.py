@@ -68,10 +68,11 @@ class Recognise(Pass):
                     region = recognise_by_value(anchor, context, routers, readings)
                     context.regions.append(region)
                 except Refusal as by_value:
-                    refusals.append((anchor, _nearer(by_rules, by_value)))
+                    if anchor.certain or by_value.progress >= _ROWS_MET_TABLES:
+                        refusals.append((anchor, _nearer(by_rules, by_value)))
         inside = _routers(context.regions)
         for anchor, reason in refusals:
-            if anchor.certain and anchor.node not in inside:
+            if anchor.node not in inside:
                 context.report.declined.append(declined(anchor.node, reason))
         for name, submodule in module.named_children():
             if isinstance(submodule, GraphModule) and may_select_experts(submodule, certain=True):
@@ -88,6 +89,7 @@ def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
     """The rules name the op at fault, if they know it."""
     if by_rules.unknown and by_value.progress >= _ROWS_MET_TABLES:
         return by_value
+    by_rules.no_experts = by_rules.unknown and by_value.no_experts
     return by_rules
 
 
@@ -98,6 +100,7 @@ def declined(node: Node, refusal: Refusal) -> Declined:
         node=refusal.node.name,
         source=source_of(refusal.node) or source_of(node),
         nearest_form=forms[refusal.progress],
+        reads_experts=not refusal.no_experts,
     )
 
 

@@ -25,11 +25,28 @@ Stage = Literal["token", "expert", "post"]
 
 class Refusal(Exception):
     """A rule's condition does not hold; ``reason`` is for people, ``progress`` orders refusals.
-    ``unknown``: not that something is wrong, but that no rule says what it is."""
+    ``unknown``: not that something is wrong, but that no rule says what it is. ``no_experts``: the
+    selection is none of experts."""
+
+    no_experts = False
 
     def __init__(self, reason: str, node: Node, progress: int = 0, unknown: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.node, self.progress, self.unknown = reason, node, progress, unknown
+
+
+class NoExperts(Refusal):
+    """No op on tokens reads a table of as many experts as are selected from."""
+
+    no_experts = True
+
+    def __init__(
+        self,
+        node: Node,
+        reason: str = "no op on tokens reads a table of experts",
+        progress: int = 0,
+    ) -> None:
+        super().__init__(reason, node, progress)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from moe_fx.passes.names import view_root
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
+    NoExperts,
     Refusal,
     Selection,
     is_integer,
@@ -177,11 +178,11 @@ class Surroundings:
         current = node
         while not self.is_token_shaped(current):
             if current.target not in _REPEATS or not tensor_inputs(current):
-                raise Refusal(
+                raise NoExperts(
+                    node,
                     f"{node} {list(shape(node))} does not hold the {self.selection.num_tokens} "
                     "tokens that experts are selected for",
-                    node,
-                    2,
+                    progress=2,
                 )
             current = tensor_inputs(current)[0]
         return current

@@ -127,6 +127,12 @@ def test_strict_fails_if_a_candidate_was_declined(factories: Path) -> None:
     assert "never bring tokens to experts" in output
 
 
+def test_strict_does_not_count_attention_to_selected_tokens() -> None:
+    code, output = run("explain", "hf:deepseek_v32", "--strict")
+    assert code == 0
+    assert "Declined: 3" in output
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [

@@ -22,6 +22,7 @@ from tests.mutations.every_node import mutations
 from tests.mutations.kinds import mistakes
 from tests.mutations.outcomes import FINE, outcome
 from tests.passes.graphs import BLOCKS, Captured, block, captured, tokens
+from tests.spellings import SPELLINGS
 
 _HEADINGS = ("tried", "declined", "rewritten to its meaning", "invalid", "WRONG")
 
@@ -40,29 +41,63 @@ def _block(family: str, form: str) -> Callable[[], Captured]:
     return lambda: captured(Residual(block(family, form)), tokens(1, 12, 64))
 
 
-CASES: dict[str, Callable[[], Captured]] = {
+def _spelled(name: str) -> Callable[[], Captured]:
+    def make() -> Captured:
+        spelling = SPELLINGS[name]
+        with torch._dynamo.config.patch(
+            capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+        ):
+            return captured(Residual(spelling.build()), spelling.tokens())
+
+    return make
+
+
+BY_RULES: dict[str, Callable[[], Captured]] = {
     f"{family} {form}": _block(family, form)
     for family in BLOCKS
     for form in ("grouped_mm", "batched_mm")
 }
 """Name -> captured graph with one MoE layer of 2 of 8 experts, hidden size 64, on 12 tokens."""
 
+BY_VALUE = {
+    f"{name} {SPELLINGS[name].dispatch.replace(' ', '_')}": _spelled(name)
+    for name in (
+        "gpt_fast",
+        "gathered_one_hot",
+        "torchtitan_grouped_before",
+        "torchtitan_for_loop",
+        "classic_mixtral",
+        "masked_loop",
+        "dense_einsum",
+        "llama4_before",
+        "gpt_oss_dense",
+        "gshard_drops",
+        "padded_slots",
+        "switch_masked",
+    )
+}
+"""The same of spellings that are read by value (`tests/spellings`), hidden size 32, 22 tokens."""
 
-def chosen(case: Captured, others: int) -> Iterator[Mutation]:
-    """Every mistake, and of the changes to every node ``others``, spread evenly."""
-    yield from mistakes(case.module)
+CASES = BY_RULES | BY_VALUE
+
+
+def chosen(case: Captured, others: int, by_rules: bool = True) -> Iterator[Mutation]:
+    """Of a layer that is read by rules every mistake; of the changes to every node ``others``,
+    spread evenly."""
+    if by_rules:
+        yield from mistakes(case.module)
     if others:
         every = list(mutations(case.module))
         yield from every[:: max(1, -(-len(every) // others))]
 
 
 def measure(
-    name: str, case: Captured, *, verify: str = "off", others: int = 0
+    name: str, case: Captured, *, verify: str = "off", others: int = 0, by_rules: bool = True
 ) -> tuple[dict[str, Counter[str]], list[str]]:
     """(kind -> how many came out how, what is wrong in words) for any captured graph."""
     counts: dict[str, Counter[str]] = {}
     wrong = []
-    for mutation in chosen(case, others):
+    for mutation in chosen(case, others, by_rules):
         found = outcome(case, mutation, verify)
         if found not in FINE:
             wrong.append(f"{name}, {mutation.kind}, {mutation}: {found}")
@@ -88,7 +123,9 @@ def main(
     for name, make in CASES.items():
         if names and not any(part in name for part in names):
             continue
-        counts, wrong = measure(name, make(), verify=verify, others=others)
+        counts, wrong = measure(
+            name, make(), verify=verify, others=others, by_rules=name in BY_RULES
+        )
         failures += wrong
         for kind, found in counts.items():
             total += found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moe_fx.passes.roles import same
 from tests.mutations.changes import (
     Change,
     Mutation,
@@ -139,7 +140,7 @@ def _of_rows(node: Node) -> Iterator[tuple[str, Change]]:
 
 
 def _top(val: Tensor) -> int:
-    return 7 if val.dim() == 2 or val.shape[0] == 8 else 23
+    return 7 if val.dim() == 2 or same(val.shape[0], 8) else 23
 
 
 def _of_inputs(node: Node, earlier: list[Node]) -> Iterator[tuple[str, Change]]:
@@ -154,4 +155,4 @@ def _of_inputs(node: Node, earlier: list[Node]) -> Iterator[tuple[str, Change]]:
 
 def _kind(node: Any) -> tuple[Any, ...] | None:
     val = node.meta.get("val") if isinstance(node, Node) else None
-    return (tuple(val.shape), val.dtype) if isinstance(val, Tensor) else None
+    return (tuple(map(str, val.shape)), val.dtype) if isinstance(val, Tensor) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moe_fx.errors import MoeFxError
@@ -29,10 +30,14 @@ def mutated(module: GraphModule, mutation: Mutation, inputs: list[Any]) -> Graph
     mutation.change(copy.graph, named(copy.graph, mutation.node))
     copy.graph.eliminate_dead_code()
     copy.recompile()
+    for node in copy.graph.nodes:
+        node.meta.pop("unbacked_bindings", None)  # sizes are named anew
     try:
         with torch.no_grad():
             copy(*inputs)
-            FakeTensorProp(copy, FakeTensorMode()).propagate(*inputs)
+            FakeTensorProp(
+                copy, FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+            ).propagate(*inputs)
     except (RuntimeError, IndexError, TypeError, ValueError, AssertionError):
         return None
     return copy
