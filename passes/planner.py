@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from moe_fx.compat import resolve_group
 from moe_fx.errors import ConfigurationError
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.plan import ExchangePlan
+from moe_fx.plan import ExchangePlan, slices
 from moe_fx.region import Declined, Region
 
 
@@ -37,13 +37,15 @@ class Plan(Pass):
                 )
                 continue
             group = resolve_group(names.pop()) if names else None
-            kept.append((region, plan_exchange(region, group)))
+            kept.append((region, plan_exchange(region, group, context.options.overlap)))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
 
 
-def plan_exchange(region: Region, group: dist.ProcessGroup | None) -> ExchangePlan:
+def plan_exchange(
+    region: Region, group: dist.ProcessGroup | None, overlap: str | int
+) -> ExchangePlan:
     experts = region.num_experts
     if group is None or group.size() == 1:
         return ExchangePlan("local", experts, experts)
@@ -55,6 +57,8 @@ def plan_exchange(region: Region, group: dist.ProcessGroup | None) -> ExchangePl
             f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
+    local = experts // world
+    chunks = overlap if isinstance(overlap, int) else 1
     return ExchangePlan(
-        "alltoall", experts, experts // world, group.group_name, world, group.rank()
+        "alltoall", experts, local, group.group_name, world, group.rank(), *slices(local, chunks)
     )

@@ -14,13 +14,15 @@ The second is why the op returns a handle and not the pending tensor itself, as 
 collectives do: Inductor protects a pending buffer only for ``_c10d_functional`` ops. Gradients flow
 through ``wait`` (from received rows to sent rows: the same exchange in reverse).
 
-Shapes: ``W`` ranks, ``L = E / W`` local experts, ``S`` rows sent, ``R`` rows received.
+Shapes: ``W`` ranks, ``L = E / W`` local experts, ``S`` rows sent, ``R`` rows received, ``C`` chunks
+(`moe_fx.ops.chunks`; 1: all rows travel at once).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,32 +62,41 @@ def pending_exchanges() -> int:
 
 
 def _exchange_counts(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
 ) -> Tensor:
-    """``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
-    before the group's first exchange with these plans, waiting ``timeout`` seconds for others."""
+    """``counts [C * W * P]``, of each chunk, rank and expert of a slice, to what this rank gets:
+    ``[W, C * P]``, of each source, chunk and own expert of a slice.
+
+    ``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
+    before the group's first exchange with these plans, waiting ``timeout`` seconds for others.
+    """
     if plans is not None:
         ensure(group, plans, timeout)
     process_group = resolve_group(group)
     world = process_group.size()
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=process_group)
+    by_rank = counts.view(chunks, world, -1).transpose(0, 1).contiguous()
+    received = torch.empty_like(by_rank)
+    dist.all_to_all_single(received, by_rank, group=process_group)
     return received.view(world, -1)
 
 
 def _exchange_counts_fake(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
 ) -> Tensor:
     return counts.new_empty(counts.shape).view(resolve_group(group).size(), -1)
 
 
-def _split_sizes(counts: Tensor, recv_counts: Tensor) -> Tensor:
+def _split_sizes(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> Tensor:
+    """``[C, 2, W]`` on the host: rows of each chunk sent to, and received from, each rank. The one
+    op that waits for the device."""
     world = recv_counts.shape[0]
-    return torch.stack([counts.view(world, -1).sum(1), recv_counts.sum(1)]).cpu()
+    sent = counts.view(chunks, world, -1).sum(-1)
+    received = recv_counts.view(world, chunks, -1).sum(-1).t()
+    return torch.stack([sent, received], 1).cpu()
 
 
-def _split_sizes_fake(counts: Tensor, recv_counts: Tensor) -> Tensor:
-    return torch.empty((2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
+def _split_sizes_fake(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> Tensor:
+    return torch.empty((chunks, 2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
 
 
 def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
@@ -118,7 +129,10 @@ def _wait(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
+    after: Sequence[Tensor] | None = None,
 ) -> Tensor:
+    """``after``: what must have been computed, or started, before; not read. A compiler that only
+    keeps dependencies keeps this order."""
     pending = _pending.pop(int(handle), None)
     if pending is None:
         raise RuntimeError(
@@ -140,13 +154,14 @@ def _wait_fake(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
+    after: Sequence[Tensor] | None = None,
 ) -> Tensor:
     size = data_dependent_size() if num_rows is None else num_rows
     return sent.new_empty((size, *sent.shape[1:]))
 
 
 def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _handle, sent, send_counts, recv_counts, group, _num_rows = inputs
+    _handle, sent, send_counts, recv_counts, group, _num_rows, *_after = inputs
     ctx.save_for_backward(send_counts, recv_counts)
     ctx.group, ctx.num_sent = group, sent.shape[0]
 
@@ -158,16 +173,17 @@ def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     returned = torch.ops.moe_fx.wait(
         handle, grad, recv_counts, send_counts, ctx.group, ctx.num_sent
     )
-    return None, returned, None, None, None, None
+    return None, returned, None, None, None, None, None
 
 
 define(
-    "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0) -> Tensor",
+    "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0, "
+    "int chunks=1) -> Tensor",
     _exchange_counts,
     _exchange_counts_fake,
 )
 define(
-    "split_sizes(Tensor counts, Tensor recv_counts) -> Tensor",
+    "split_sizes(Tensor counts, Tensor recv_counts, int chunks=1) -> Tensor",
     _split_sizes,
     _split_sizes_fake,
 )
@@ -179,7 +195,7 @@ define(
 )
 define(
     "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
-    "SymInt? num_rows=None) -> Tensor",
+    "SymInt? num_rows=None, Tensor[]? after=None) -> Tensor",
     _wait,
     _wait_fake,
     backward=_wait_backward,
