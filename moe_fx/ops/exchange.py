@@ -129,10 +129,7 @@ def _wait(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
-    after: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """``after``: what must have been computed, or started, before; not read. A compiler that only
-    keeps dependencies keeps this order."""
     pending = _pending.pop(int(handle), None)
     if pending is None:
         raise RuntimeError(
@@ -154,14 +151,39 @@ def _wait_fake(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
-    after: Sequence[Tensor] | None = None,
 ) -> Tensor:
     size = data_dependent_size() if num_rows is None else num_rows
     return sent.new_empty((size, *sent.shape[1:]))
 
 
+def _wait_after(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None,
+    after: Sequence[Tensor],
+) -> Tensor:
+    """``wait``, once ``after`` has been computed or started: a compiler that knows no order but
+    that of dependencies keeps this one. For graphs whose gradients are there already."""
+    return _wait(handle, sent, send_counts, recv_counts, group, num_rows)
+
+
+def _wait_after_fake(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None,
+    after: Sequence[Tensor],
+) -> Tensor:
+    return _wait_fake(handle, sent, send_counts, recv_counts, group, num_rows)
+
+
 def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _handle, sent, send_counts, recv_counts, group, _num_rows, *_after = inputs
+    _handle, sent, send_counts, recv_counts, group, _num_rows = inputs
     ctx.save_for_backward(send_counts, recv_counts)
     ctx.group, ctx.num_sent = group, sent.shape[0]
 
@@ -173,7 +195,7 @@ def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     returned = torch.ops.moe_fx.wait(
         handle, grad, recv_counts, send_counts, ctx.group, ctx.num_sent
     )
-    return None, returned, None, None, None, None, None
+    return None, returned, None, None, None, None
 
 
 define(
@@ -195,10 +217,17 @@ define(
 )
 define(
     "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
-    "SymInt? num_rows=None, Tensor[]? after=None) -> Tensor",
+    "SymInt? num_rows=None) -> Tensor",
     _wait,
     _wait_fake,
     backward=_wait_backward,
     setup_context=_wait_setup,
+    any_layout=True,
+)
+define(
+    "wait_after(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
+    "SymInt? num_rows, Tensor[] after) -> Tensor",
+    _wait_after,
+    _wait_after_fake,
     any_layout=True,
 )
