@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_fx.compat import real_tensors
 
-__all__ = ["TYPICAL", "Link", "agreed", "calibrate"]
+__all__ = ["TYPICAL", "Link", "agreed", "calibrate", "known"]
 
 _SMALLEST = 32 << 10
 """Bytes a rank sends to others in the first exchange timed for its rate."""
@@ -73,14 +73,19 @@ def calibrate(group: dist.ProcessGroup, device: torch.device) -> Link:
 
     A collective: every rank of the group must make its first call at the same place among the
     group's collectives, with nothing else in flight, or the group hangs. All ranks get bitwise the
-    same numbers. Takes 1.2 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called while a
-    compiler traces with fake tensors.
+    same numbers. Takes 1.2 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called
+    while a compiler traces with fake tensors.
     """
     key = (group.group_name, device.type)
     if key not in _measured:
         with real_tensors(), torch.no_grad():
             _measured[key] = _measure(group, device)
     return _measured[key]
+
+
+def known(group: dist.ProcessGroup, device: torch.device) -> Link:
+    """What `calibrate` found; `TYPICAL` if it was not called. Measures nothing."""
+    return _measured.get((group.group_name, device.type), TYPICAL)
 
 
 def agreed(

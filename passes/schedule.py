@@ -6,14 +6,13 @@ Collectives keep their order, whatever the costs say, so that ranks with other c
 Two resources are simulated: the compute thread, which runs nodes one at a time, and the link, which
 serves exchanges in the order in which they start. Pseudo-code::
 
-    rank of a node = seconds from its start to the end along the longest way that needs it
-    until all nodes are placed:
-        a start, as soon as its inputs are there
-        else the node of highest rank that does not have to wait
+    stage of a node = the first collective that needs it (none: last of all)
+    until all nodes are placed, of those whose inputs are there:
+        a start, if there is one: the link is to have work as early as it can
+        else the node of the earliest stage that does not have to wait, in the order that was
         else the wait whose exchange ends first
 
-(List scheduling by upward rank: Topcuoglu, Hariri, Wu, "Performance-effective and low-complexity
-task scheduling for heterogeneous computing", 2002.)
+So what leads to the next exchange is done first, and what leads to none fills the waiting.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Protocol
 import torch
 from torch.fx import Node
 
-__all__ = ["Costs", "STARTS", "Timeline", "WAITS", "peak_bytes", "schedule", "simulate"]
+__all__ = ["STARTS", "WAITS", "Costs", "Timeline", "peak_bytes", "schedule", "simulate"]
 
 ops = torch.ops.moe_fx
 STARTS = (ops.all_to_all.default,)
@@ -88,29 +87,35 @@ def simulate(order: Iterable[Node], costs: Costs) -> Timeline:
 
 def schedule(nodes: Sequence[Node], costs: Costs) -> list[Node]:
     needs = _needs(nodes)
-    ranks = _upward_ranks(nodes, needs, costs)
+    stages = _stages(nodes, needs)
     missing = {node: len(needs[node]) for node in nodes}
     users: dict[Node, list[Node]] = {node: [] for node in nodes}
     for node in nodes:
         for source in needs[node]:
             users[source].append(node)
     machine = _Machine(costs)
-    order: list[Node] = []
-    at = {node: position for position, node in enumerate(nodes)}
-    ready: list[tuple[bool, float, int, Node]] = []
+    keys = {node: (node.target not in STARTS, stages[node], at) for at, node in enumerate(nodes)}
+    ready: list[tuple[tuple[bool, int, int], Node]] = []
     waits: list[Node] = []
+    order: list[Node] = []
 
     def offer(node: Node) -> None:
         if node.target in WAITS:
             waits.append(node)
         else:
-            heapq.heappush(ready, (node.target not in STARTS, -ranks[node], at[node], node))
+            heapq.heappush(ready, (keys[node], node))
 
     for node in nodes:
         if not missing[node]:
             offer(node)
     while ready or waits:
-        node = _next(ready, waits, ranks, at, machine)
+        free = [wait for wait in waits if not machine.blocked(wait)]
+        best = min(free, key=keys.__getitem__, default=None)
+        if ready and (best is None or ready[0][0] < keys[best]):
+            node = heapq.heappop(ready)[1]
+        else:
+            node = best or min(waits, key=lambda wait: (machine.blocked(wait), keys[wait]))
+            waits.remove(node)
         machine.run(node)
         order.append(node)
         for user in users[node]:
@@ -120,35 +125,24 @@ def schedule(nodes: Sequence[Node], costs: Costs) -> list[Node]:
     return order
 
 
-def _next(
-    ready: list[tuple[bool, float, int, Node]],
-    waits: list[Node],
-    ranks: dict[Node, float],
-    at: dict[Node, int],
-    machine: _Machine,
-) -> Node:
-    free = [wait for wait in waits if not machine.blocked(wait)]
-    best = min(free, key=lambda wait: (-ranks[wait], at[wait]), default=None)
-    if ready and (best is None or ready[0][:3] < (True, -ranks[best], at[best])):
-        return heapq.heappop(ready)[3]
-    if best is None:
-        best = min(waits, key=lambda wait: (machine.blocked(wait), -ranks[wait], at[wait]))
-    waits.remove(best)
-    return best
-
-
 def _needs(nodes: Sequence[Node]) -> dict[Node, set[Node]]:
-    """Of each node, the nodes that come before it: inputs, and for a collective the one before."""
+    """Of each node, the nodes that come before it: inputs; for a collective the one before; for an
+    op that draws random numbers the one before."""
     inside = set(nodes)
     needs: dict[Node, set[Node]] = {}
-    last: Node | None = None
+    last: dict[str, Node] = {}
     for node in nodes:
         needs[node] = {source for source in node.all_input_nodes if source in inside}
-        if is_collective(node):
-            if last is not None:
-                needs[node].add(last)
-            last = node
+        chain = "collective" if is_collective(node) else "random" if _is_random(node) else ""
+        if chain:
+            if chain in last:
+                needs[node].add(last[chain])
+            last[chain] = node
     return needs
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def is_collective(node: Node) -> bool:
@@ -160,16 +154,14 @@ def is_collective(node: Node) -> bool:
     return namespace in ("_c10d_functional", "c10d_functional", "c10d") and "wait" not in name
 
 
-def _upward_ranks(
-    nodes: Sequence[Node], needs: dict[Node, set[Node]], costs: Costs
-) -> dict[Node, float]:
-    ranks = dict.fromkeys(nodes, 0.0)
+def _stages(nodes: Sequence[Node], needs: dict[Node, set[Node]]) -> dict[Node, int]:
+    collectives = [node for node in nodes if is_collective(node)]
+    stages = dict.fromkeys(nodes, len(collectives))
+    stages.update({node: at for at, node in enumerate(collectives)})
     for node in reversed(nodes):
-        own = costs.exchange(node) if node.target in STARTS else costs.compute(node)
-        ranks[node] += own
         for source in needs[node]:
-            ranks[source] = max(ranks[source], ranks[node])
-    return ranks
+            stages[source] = min(stages[source], stages[node])
+    return stages
 
 
 def peak_bytes(order: Sequence[Node], sizes: dict[Node, int]) -> int:
@@ -188,4 +180,3 @@ def peak_bytes(order: Sequence[Node], sizes: dict[Node, int]) -> int:
                 continue  # read outside
             alive -= sizes.get(gone, 0)
     return peak
-
