@@ -73,6 +73,7 @@ def rewrite(
         report=report,
         group=options.ep_group,
         training=is_training(example_inputs),
+        measures=True,
     )
     result = passes.run(captured, context, passes.pipeline(options.base in ORDERS_LATER))
     return module if result is captured else result

@@ -85,7 +85,7 @@ def _described(reason: GraphCompileReason) -> str:
     return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
 
 
-def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[..., Any]]:
+def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_fx.compat import real_tensors
 
-__all__ = ["TYPICAL", "Link", "agreed", "calibrate", "known"]
+__all__ = ["TYPICAL", "Link", "agreed", "calibrate", "known", "measured_already"]
 
 _SMALLEST = 32 << 10
 """Bytes a rank sends to others in the first exchange timed for its rate."""
@@ -81,6 +81,10 @@ def calibrate(group: dist.ProcessGroup, device: torch.device) -> Link:
         with real_tensors(), torch.no_grad():
             _measured[key] = _measure(group, device)
     return _measured[key]
+
+
+def measured_already(group: dist.ProcessGroup, device: torch.device) -> bool:
+    return (group.group_name, device.type) in _measured
 
 
 def known(group: dist.ProcessGroup, device: torch.device) -> Link:

@@ -15,6 +15,17 @@ def slices(local_experts: int, chunks: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What the cost model expects of a layer, in seconds. seconds: of this plan; compute, exchange:
+    each by itself; unoverlapped: of one chunk, waited for at once."""
+
+    seconds: float
+    compute: float
+    exchange: float
+    unoverlapped: float
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """The same on every rank but for ``rank``.
 
@@ -23,6 +34,7 @@ class ExchangePlan:
     num_experts, local_experts: rank ``r`` owns experts from ``r * local_experts`` on.
     expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so
         that it overlaps the experts' compute (`moe_fx.ops.chunks`).
+    predicted: what the cost model expects, where it chose (overlap="auto").
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """
@@ -35,6 +47,7 @@ class ExchangePlan:
     rank: int = 0
     expert_slices: int = 1
     token_slices: int = 1
+    predicted: Predicted | None = None
 
     @property
     def exchanges(self) -> bool:

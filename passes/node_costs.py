@@ -44,7 +44,7 @@ _VIEWS = (
     aten.alias.default,
     aten.detach.default,
 )
-_MATMULS = {
+_MATMULS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.linear.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -132,22 +132,21 @@ class GraphCosts:
 
     def _matmul(self, node: Node, compute: Compute) -> float:
         left, right = (node.args[at] for at in _MATMULS[node.target])
-        groups = 1
-        if isinstance(right, list):
-            groups, right = len(right), right[0]
-        rows, *_, depth = map(self.size, left.meta["val"].shape)  # type: ignore[union-attr]
-        dims = [self.size(size) for size in right.meta["val"].shape]  # type: ignore[union-attr]
+        separate = len(right) if isinstance(right, list) else 0
+        rows = self._dims(left)
+        weight = self._dims(right[0] if isinstance(right, list) else right)
         if node.target is ops.grouped_mm_grad_weight.default:
-            groups = self.size(node.args[2].meta["val"].shape[0])  # type: ignore[union-attr]
-            return compute.gemm_seconds(rows / groups, depth, dims[-1], groups)
-        if len(dims) == 3:
-            groups = dims[0]
-            left_dims = [self.size(s) for s in left.meta["val"].shape]  # type: ignore[union-attr]
-            rows = left_dims[1] if len(left_dims) == 3 else rows / groups  # type: ignore[assignment]
-            return compute.gemm_seconds(rows, depth, dims[-1], groups)
-        rows = math.prod(self.size(s) for s in left.meta["val"].shape[:-1])  # type: ignore[union-attr]
-        wide = dims[0] if node.target is aten.linear.default else dims[-1]
-        return compute.gemm_seconds(rows / groups, depth, wide, groups)
+            (groups,) = self._dims(node.args[2])
+            return compute.gemm_seconds(rows[0] / groups, rows[1], weight[-1], groups)
+        if len(weight) == 3:
+            each = rows[1] if len(rows) == 3 else rows[0] / weight[0]
+            return compute.gemm_seconds(each, rows[-1], weight[-1], weight[0])
+        out = weight[0] if node.target is aten.linear.default else weight[-1]
+        groups = max(1, separate)
+        return compute.gemm_seconds(math.prod(rows[:-1]) / groups, rows[-1], out, groups)
+
+    def _dims(self, node: Any) -> list[int]:
+        return [self.size(size) for size in node.meta["val"].shape]
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.plan import ExchangePlan, slices
+from moe_fx.passes.planner import asked
+from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
 
 GROUP_NAME = "simulated"
@@ -59,6 +60,5 @@ class PlanForRanks(Pass):
         if self.world_size == 1:
             return ExchangePlan("local", num_experts, num_experts)
         local = num_experts // self.world_size
-        chunks = overlap if isinstance(overlap, int) else 1
         place = (GROUP_NAME, self.world_size, self.rank)
-        return ExchangePlan("alltoall", num_experts, local, *place, *slices(local, chunks))
+        return ExchangePlan("alltoall", num_experts, local, *place, *asked(local, overlap))

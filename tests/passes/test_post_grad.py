@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import moe_fx
-from moe_fx import graph_pass, passes
+from moe_fx import graph_pass, passes, sources
 from moe_fx.compat import CustomGraphPass
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block, relative_error
