@@ -9,6 +9,11 @@ they were queued. A layer is a pipeline over its pieces::
     whenever the compute thread would wait, it does filler work first; what is left of the filler
     runs at the end
 
+Against measurements (two Gloo hosts at 150 Mbit/s, 16 experts, k 4, 1024 tokens, fp32, one thread a
+rank, 1, 2, 4 and 8 expert slices; quietest of 6 or 7 runs on a shared machine): within 10 % for
+512 x 2048 experts, where compute is the longer; -7, -15, -20 and 0 % for 512 x 768, where the link
+is: two or three large pieces in flight do not fill it as four do, and here count as if they did.
+
 Training adds the same pipeline with twice the matrix products (gradients of rows and of weights).
 
 ::

@@ -28,10 +28,13 @@ _REPEATS = 7
 _MOST_ROWS = {"cpu": 512}
 """Rows of the largest GEMM measured; more rows are taken to cost in proportion."""
 _MOST_ROWS_ELSEWHERE = 8192
-_WEIGHT_BYTES = {"cpu": 32 << 20}
-"""Bytes of weights that one measurement may hold; more groups cost in proportion. More than one
-weight, so that no cache keeps what a layer would have to read."""
-_WEIGHT_BYTES_ELSEWHERE = 256 << 20
+_GEMM_BYTES = 32 << 20
+"""On the CPU, bytes of rows and weights that a GEMM measurement goes through, so that no cache
+keeps what a layer would have to read. Experts run one by one there: any number of groups costs in
+proportion."""
+_MOST_GEMM_BYTES = 512 << 20
+"""Elsewhere, where one kernel runs all groups: bytes above which more groups are taken to cost in
+proportion."""
 _COPY_BYTES = {"cpu": 16 << 20}
 _COPY_BYTES_ELSEWHERE = 256 << 20
 
@@ -80,8 +83,11 @@ class _Measured:
         return seconds + (above - seconds) * (rows - below) / below
 
     def _gemm(self, rows: int, d: int, n: int, groups: int) -> float:
-        limit = _WEIGHT_BYTES.get(self.device.type, _WEIGHT_BYTES_ELSEWHERE)
-        held = min(groups, max(1, limit // (d * n * self.dtype.itemsize)))
+        group_bytes = (d * n + rows * (d + n)) * self.dtype.itemsize
+        if self.device.type == "cpu":
+            held = max(1, _GEMM_BYTES // group_bytes)
+        else:
+            held = min(groups, max(1, _MOST_GEMM_BYTES // group_bytes))
         return _gemm_seconds(self.device, self.dtype, rows, d, n, held) * groups / held
 
     def copy_seconds(self, num_bytes: float) -> float:
