@@ -18,8 +18,6 @@ from moe_fx.explain import explain
 from moe_fx.target import load
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
-BenchLayer = Literal["qwen3", "mixtral", "deepseek"]
-BenchRouting = Literal["uniform", "zipf"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,7 +119,7 @@ def explain_command(
 @app.command("bench")
 def bench_command(
     layer: Annotated[
-        list[BenchLayer] | None,
+        list[str] | None,
         typer.Option(
             help="Block of transformers; may be repeated. qwen3: many small experts; mixtral: few "
             "big ones; deepseek: with a shared expert. Default: all."
@@ -135,7 +133,7 @@ def bench_command(
         ),
     ] = None,
     routing: Annotated[
-        list[BenchRouting] | None,
+        list[str] | None,
         typer.Option(
             help="How evenly tokens use experts; may be repeated. zipf: the share of an expert "
             "falls with its rank. Default: both."

@@ -51,8 +51,10 @@ class Hosts:
     def run(
         self, fn: Callable[Concatenate[int, ...], T], *args: Any, timeout: float = 300.0
     ) -> list[T]:
-        """``[fn(0, *args), fn(1, *args), ...]``, each computed on its host. ``fn`` is a module-level
-        function; ``timeout`` is in seconds. Raises `HostError`."""
+        """``[fn(0, *args), fn(1, *args), ...]``, each computed on its host.
+
+        ``fn`` is a module-level function; ``timeout`` is in seconds. Raises `HostError`.
+        """
         if not self._processes:
             self._start()
         for connection in self._connections:

@@ -122,8 +122,8 @@ def tokens(layer: Layer, rank: int, routing: str) -> Tensor:
 
 
 def gate(layer: Layer, routing: str) -> Tensor:
-    """The gate's weights. Orthogonal rows, so that logits of noise are independent and experts are used evenly; on the
-    constant feature, the logarithm of each expert's share.
+    """The gate's weights: orthogonal rows, so that logits of noise are independent and experts are
+    used evenly; on the constant feature, the logarithm of each expert's share.
 
     Noise with the spread of a Gumbel variable makes the k largest logits a draw of k experts,
     without replacement, in about these shares.

@@ -68,6 +68,8 @@ def select(
     for ratio in ratios or ():
         if not 0.1 <= ratio <= 4:
             raise MoeFxError(f"--ratio {ratio:g}: give ratios of exchange to compute in 0.1 to 4")
+    _require_known("--layer", names, tuple(layers.LAYERS))
+    _require_known("--routing", routings, ROUTINGS)
     if backward is None:
         passes: tuple[bool, ...] = (False,) if quick else (False, True)
     else:
@@ -80,6 +82,12 @@ def select(
         rounds or (3 if quick else 7),
         trace,
     )
+
+
+def _require_known(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in given or ():
+        if name not in known:
+            raise MoeFxError(f"{option} {name}: give {', '.join(known)}")
 
 
 def failures(points: Sequence[Point]) -> list[str]:
@@ -96,9 +104,12 @@ def failures(points: Sequence[Point]) -> list[str]:
 def run(selection: Selection, console: Console, json: Path | None = None) -> list[Point] | None:
     """Measure, print, write. None if this machine cannot have the network: a message says why."""
     try:
-        with Network(hosts=2, rate=RATE) as network, Hosts(network) as hosts:
-            with _Bench(network, hosts, selection, console) as bench:
-                points = bench.run(json)
+        with (
+            Network(hosts=2, rate=RATE) as network,
+            Hosts(network) as hosts,
+            _Bench(network, hosts, selection, console) as bench,
+        ):
+            points = bench.run(json)
     except Unavailable as reason:
         console.print(f"[yellow]skipped:[/] {reason}")
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -235,7 +236,7 @@ def _cut(counts: list[int], pieces: int) -> list[list[int]]:
     bounds = [[count * piece // pieces for count in counts] for piece in range(pieces + 1)]
     return [
         [after - before for before, after in zip(*pair, strict=True)]
-        for pair in zip(bounds, bounds[1:], strict=False)
+        for pair in itertools.pairwise(bounds)
     ]
 
 

@@ -5,10 +5,11 @@ A variant is built on every rank; it gets its block sharded its own way and retu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ PEERS = (HF_EAGER, HF_COMPILED, INDUCTOR, INDUCTOR_COST)
 COST_CALLBACK = "inductor_runtime_estimation"
 """The attribute of moe_fx that makes, for a process group, a callback for Inductor's
 ``custom_runtime_estimation`` (a node to milliseconds, or None for no opinion)."""
+
+_MEMORY_GBPS = 10.0
 
 
 class CannotRun(Exception):
@@ -122,13 +125,20 @@ def _hugging_face(block: nn.Module) -> nn.Module:
     )
 
 
-def _overlap_scheduling(
-    estimate: Callable[[Any], float | None] | None,
-) -> AbstractContextManager[Any]:
+@contextmanager
+def _overlap_scheduling(estimate: Callable[[Any], float | None] | None) -> Iterator[None]:
+    """Inductor's scheduler on. It would time matmuls on a GPU and ask Triton for the memory's
+    bandwidth, and so fails without one: here it estimates matmuls, and is told this machine's
+    bandwidth. Its other figures stay its own."""
     from torch._inductor import config
 
     prefix = "aten_distributed_optimizations."
-    options: dict[str, Any] = {"enable_overlap_scheduling": True, "insert_overlap_deps": True}
-    if estimate is not None:
-        options |= {"custom_runtime_estimation": estimate, "compute_estimator": "analytical"}
-    return config.patch({prefix + key: value for key, value in options.items()})
+    options: dict[str, Any] = {
+        "enable_overlap_scheduling": True,
+        "insert_overlap_deps": True,
+        "compute_estimator": "analytical",
+        "custom_runtime_estimation": estimate,
+    }
+    bandwidth = patch("torch.utils._runtime_estimation.get_gpu_dram_gbps", lambda: _MEMORY_GBPS)
+    with bandwidth, config.patch({prefix + key: value for key, value in options.items()}):
+        yield
