@@ -169,21 +169,24 @@ def bench_command(
         ),
     ] = None,
 ) -> None:
-    """Measure how much of the exchange hides behind compute, on two hosts with a slow link.
+    """Measure how much of the exchange hides behind compute, on a slow link.
 
-    The hosts are network namespaces of this machine, the link between them is limited to 100-300
-    Mbit/s: needs root and iproute2 (without: says so, and exit status 0), and no accelerator. Runs
-    in turn, each compared with the original block first: compute only, exchange only, moe_fx
-    without overlap, transformers' AllToAllEP in eager and compiled, Inductor's own overlap
-    scheduler, moe_fx in 1, 2, 4 and 8 chunks and as it chooses itself.
+    The two hosts are network namespaces of this machine; their link is
+    limited to 150 Mbit/s (300 at ratio 0.25). Needs root and iproute2
+    (without, says so; exit status 0), and no accelerator. Each of these is
+    compared with the original block, then all run in turn: compute only,
+    exchange only, moe_fx without overlap, transformers' AllToAllEP eager and
+    compiled, Inductor's own overlap scheduler, moe_fx in 1, 2, 4 and 8 chunks
+    and as it chooses itself.
 
-    How to read it. bound: the longer of compute and exchange, which no program can beat. / bound:
-    1.00 is perfect. hidden: the share of the time lost without overlap that is won back. A program
-    that cannot run here is listed with the reason. The whole grid takes hours, --quick minutes;
-    keep the machine otherwise idle.
+    How to read it. bound: the longer of compute and exchange, which no
+    program can beat; / bound: 1.00 is perfect; hidden: the share of the time
+    lost without overlap that is won back. A program that cannot run here is
+    listed with the reason. --quick takes minutes, the whole grid hours; keep
+    the machine otherwise idle.
 
-    Exit status: 0; 1 if a program of moe_fx failed or differs from the original; 2 if an option
-    cannot be used, or if this is no checkout of the project.
+    Exit status: 0; 1 if a program of moe_fx failed or differs from the
+    original; 2 if an option cannot be used, or there is no checkout.
     """
     try:
         bench = _from_checkout("tests.bench.overlap")

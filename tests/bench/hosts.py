@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, Concatenate, TypeVar
 
+from moe_fx.errors import MoeFxError
 from tests.bench.netlab import Network
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ _GRACE = 10.0
 _START_TIMEOUT = 240.0
 
 
-class HostError(Exception):
+class HostError(MoeFxError):
     """A function failed on a rank. The ranks are still in step if ``alive``; else they have ended,
     and the next `Hosts.run` starts new ones."""
 

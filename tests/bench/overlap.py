@@ -231,11 +231,12 @@ class _Bench:
             with self.attempt(point, name):
                 found = self.hosts.run(ranks.prepare, name, timeout=_PREPARE_TIMEOUT)
                 refused = next((one.refused for one in found if one.refused), "")
-                point.errors[name] = max(one.error for one in found)
-                point.compile_seconds[name] = max(one.seconds for one in found)
                 if refused:
                     point.failed[name] = refused
-                elif not point.errors[name] <= AGREEMENT:
+                    continue
+                point.errors[name] = max(one.error for one in found)
+                point.compile_seconds[name] = max(one.seconds for one in found)
+                if not point.errors[name] <= AGREEMENT:
                     point.failed[name] = (
                         f"differs from the original block by {point.errors[name]:.0e}, relative"
                     )

@@ -22,8 +22,6 @@ import moe_fx
 from tests.bench import layers, variants
 from tests.bench.exchanges import Recording, Watched, watch
 
-TOLERANCE = 1e-4
-
 
 @dataclass
 class _Subject:

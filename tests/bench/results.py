@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tests.bench.variants import AUTO, COMPUTE, OURS, PEERS, TITLES, UNOVERLAPPED
@@ -126,13 +127,12 @@ def show(point: Point, console: Console) -> None:
     """The table of one point."""
     table = Table(title=point.title, caption=_caption(point), caption_justify="left")
     table.add_column("program")
-    for heading in ("ms", "spread ms", "/ bound", "hidden", "ours is faster by", "error"):
+    for heading in ("ms", "range", "/ bound", "hidden", "ours faster", "error"):
         table.add_column(heading, justify="right")
     for name, title in TITLES.items():
         if name in point.failed:
-            table.add_row(title, f"[yellow]not timed:[/] {point.failed[name]}")
-            continue
-        if not point.samples.get(name):
+            table.add_row(f"[dim]{title}", "[yellow]not timed")
+        if name in point.failed or not point.samples.get(name):
             continue
         compared = name != COMPUTE
         table.add_row(
@@ -152,8 +152,19 @@ def show(point: Point, console: Console) -> None:
         table.add_row(f"exchange only, {pieces} in flight", _ms(seconds), _spread(samples))
         if pieces != 1 and one is not None:
             table.add_row("exchange only, 1 in flight", _ms(one))
-        table.add_row("bound: the longer of compute and exchange", _ms(point.bound))
+        table.add_row("bound: the longer of the two", _ms(point.bound))
     console.print(table)
+    for reason, names in _reasons(point).items():
+        console.print(
+            f"[yellow]not timed:[/] {', '.join(names)}: {escape(reason)}", highlight=False
+        )
+
+
+def _reasons(point: Point) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in point.failed.items():
+        found.setdefault(reason, []).append(TITLES.get(name, name))
+    return found
 
 
 def _caption(point: Point) -> str:
@@ -162,7 +173,7 @@ def _caption(point: Point) -> str:
         f"link {point.rate:g} Mbit/s, expert width {point.width}",
         f"exchange / compute measured {measured:.2f}" if measured else "",
         f"busiest expert {max(point.shares):.0%} of pairs" if point.shares else "",
-        f"auto is {point.from_best:+.1%} from the best choice" if point.from_best else "",
+        f"auto {point.from_best:+.1%} from the best" if point.from_best is not None else "",
     ]
     return "; ".join(part for part in parts if part)
 
