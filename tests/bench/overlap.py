@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,11 +244,11 @@ class _Bench:
 
     def time(self, point: Point) -> None:
         steps: dict[str, Callable[[], float]] = {
-            f"exchange{pieces}": lambda pieces=pieces: self.exchange(pieces) for pieces in _PIECES
+            f"exchange{pieces}": partial(self.exchange, pieces) for pieces in _PIECES
         }
         for name in variants.TITLES:
             if name not in point.failed:
-                steps[name] = lambda name=name: self.step(name)
+                steps[name] = partial(self.step, name)
         self.say(f"timing {point.title}", self.selection.rounds * len(steps))
         for _ in range(self.selection.rounds):
             for name, step in steps.items():

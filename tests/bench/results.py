@@ -126,7 +126,7 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 def show(point: Point, console: Console) -> None:
     """The table of one point."""
     table = Table(title=point.title, caption=_caption(point), caption_justify="left")
-    table.add_column("program")
+    table.add_column("program", no_wrap=True)
     for heading in ("ms", "range", "/ bound", "hidden", "ours faster", "error"):
         table.add_column(heading, justify="right")
     for name, title in TITLES.items():
