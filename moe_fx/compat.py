@@ -38,6 +38,7 @@ __all__ = [
     "export_functional",
     "graph_breaks",
     "group_store",
+    "inductor_passes",
     "number",
     "real_tensors",
     "resolve_group",
@@ -84,9 +85,19 @@ def _described(reason: GraphCompileReason) -> str:
     return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
 
 
-def base_compiler(name: str) -> Callable[[GraphModule, list[Any]], Callable[..., Any]]:
+def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
+
+
+def inductor_passes(own: CustomGraphPass) -> Any:
+    """For Inductor's ``post_grad_custom_pre_pass``: what is set there already, and then ``own``."""
+    from torch._inductor import config  # slow to import
+
+    present = config.post_grad_custom_pre_pass
+    if present is None:
+        return own
+    return [*(present if isinstance(present, (list, tuple)) else [present]), own]
 
 
 def group_store(group: dist.ProcessGroup) -> dist.Store:

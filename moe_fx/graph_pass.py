@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,27 +24,12 @@ from moe_fx.backend import check_devices
 from moe_fx.compat import CustomGraphPass, real_tensors
 from moe_fx.errors import NothingMatched
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.overlap import overlap
 from moe_fx.passes.splice import splice
 from moe_fx.report import Report
+from moe_fx.sources import SOURCES
 
 log = logging.getLogger("moe_fx")
-
-
-def digest_of_sources(folders: Iterable[Path]) -> str:
-    """SHA-256 of the Python files below ``folders``, whichever place they are installed in."""
-    digest = hashlib.sha256()
-    seen: set[Path] = set()
-    for folder in folders:
-        for file in sorted(folder.rglob("*.py")):
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
-                digest.update(f"{folder.name}/{file.relative_to(folder).as_posix()}\n".encode())
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-# `moe_fx.passes` first: a wheel has it inside `moe_fx`, an editable installation has not.
-_SOURCES = digest_of_sources(Path(p[0]) for p in (passes.__path__, [str(Path(__file__).parent)]))
 
 
 class MoEPass(CustomGraphPass):
@@ -77,7 +61,7 @@ class MoEPass(CustomGraphPass):
         report = Report()
         context = passes.Context(options=self.options, report=report, group=self.options.ep_group)
         with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
-            result = passes.run(module, context)
+            result = passes.run(module, context, passes.pipeline(ordered_later=True))
         self.reports.append(report)
         if self.options.on_report is not None:
             self.options.on_report(report)
@@ -88,6 +72,8 @@ class MoEPass(CustomGraphPass):
         if result is not module:
             self._agree_when_run(result, report)
             splice(module.graph, result, context.origin)
+            if self.options.overlap != "off":
+                overlap(module.graph, pinned=True)
             if isinstance(graph, GraphModule):
                 graph.recompile()
 
@@ -114,7 +100,7 @@ class MoEPass(CustomGraphPass):
         another place in the process group."""
         described = {
             "moe_fx": __version__,
-            "sources": _SOURCES,
+            "sources": SOURCES,
             "torch": torch.__version__,
             "options": self.options.model_dump(exclude={"ep_group", "on_report"}),
             "ep_group": _topology(self.options.ep_group),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from moe_fx.errors import ConfigurationError
 
 Verification = Literal["off", "compile", "always"]
+Overlap = Literal["auto", "off"]
 
 
 class Options(BaseModel):
@@ -23,6 +24,8 @@ class Options(BaseModel):
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
+    overlap: into how many chunks the exchange is cut so that it runs beside the experts: a number,
+        "auto" (as the cost model says), or "off" (one, waited for at once).
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """
@@ -33,6 +36,7 @@ class Options(BaseModel):
     base: str = "inductor"
     verify: Verification = "compile"
     strict: bool = False
+    overlap: Overlap | Annotated[int, Field(ge=1)] = "auto"
     agree_timeout: float = Field(default=300.0, gt=0)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
 

@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def slices(local_experts: int, chunks: int) -> tuple[int, int]:
+    """(expert slices, token slices) for about ``chunks`` chunks, at most: by expert as far as the
+    local experts divide evenly, then by token."""
+    by_expert = max(
+        n for n in range(1, local_experts + 1) if local_experts % n == 0 and n <= chunks
+    )
+    return by_expert, (chunks // by_expert if by_expert == local_experts else 1)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the cost model expects of a layer, in seconds. seconds: of this plan; compute, exchange:
+    each by itself; unoverlapped: of one chunk, waited for at once."""
+
+    seconds: float
+    compute: float
+    exchange: float
+    unoverlapped: float
+
+
 @dataclass(frozen=True)
 class ExchangePlan:
     """The same on every rank but for ``rank``.
@@ -12,6 +32,9 @@ class ExchangePlan:
     strategy: "local" (one rank: nothing travels), "alltoall" (exact split sizes, one host sync).
     group_name, world_size, rank: the expert-parallel group.
     num_experts, local_experts: rank ``r`` owns experts from ``r * local_experts`` on.
+    expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so
+        that it overlaps the experts' compute (`moe_fx.ops.chunks`).
+    predicted: what the cost model expects, where it chose (overlap="auto").
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """
@@ -22,10 +45,26 @@ class ExchangePlan:
     group_name: str = ""
     world_size: int = 1
     rank: int = 0
+    expert_slices: int = 1
+    token_slices: int = 1
+    predicted: Predicted | None = None
 
     @property
     def exchanges(self) -> bool:
-        return self.strategy == "alltoall"
+        return self.strategy != "local"
+
+    @property
+    def owns_shares(self) -> bool:
+        """A rank computes with its own experts only."""
+        return self.exchanges
+
+    @property
+    def chunks(self) -> int:
+        return self.expert_slices * self.token_slices
+
+    @property
+    def experts_per_slice(self) -> int:
+        return self.local_experts // self.expert_slices
 
     @property
     def first_expert(self) -> int:

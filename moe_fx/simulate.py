@@ -80,7 +80,7 @@ def _steps(
             raise MoeFxError(f"cannot simulate {node.op} node {node.name}")
         args = resize(node, args)
         if node.target in _COLLECTIVES:
-            values[node] = yield _COLLECTIVES[node.target], args
+            values[node] = yield _COLLECTIVES[node.target], _given(node, args, kwargs)
         elif node.target in (_OPS.wait.default, _FUNCTIONAL.wait_tensor.default):
             values[node] = args[0]
         elif node.target in overrides:
@@ -90,6 +90,12 @@ def _steps(
     raise MoeFxError("the graph has no output")
 
 
+def _given(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    if node.target is _OPS.exchange_counts.default:
+        return args[0], kwargs.get("chunks", 1)
+    return args
+
+
 def _gather(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     full = torch.cat([args[0] for args in requests])
     return [full] * len(requests)
@@ -97,8 +103,10 @@ def _gather(requests: list[tuple[Any, ...]]) -> list[Tensor]:
 
 def _exchange_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     world = len(requests)
-    blocks = torch.stack([args[0].view(world, -1) for args in requests])
-    return [blocks[:, rank] for rank in range(world)]
+    blocks = torch.stack(
+        [counts.view(chunks, world, -1).transpose(0, 1) for counts, chunks in requests]
+    )
+    return [blocks[:, rank].flatten(1) for rank in range(world)]
 
 
 def _exchange_rows(requests: list[tuple[Any, ...]]) -> list[Tensor]:

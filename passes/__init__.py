@@ -38,8 +38,14 @@ __all__ = [
     "Pass",
     "PassResult",
     "for_ranks",
+    "pipeline",
     "run",
 ]
+
+
+def pipeline(ordered_later: bool) -> tuple[Pass, ...]:
+    """ordered_later: the compiler that gets the result calls `overlap` on what it makes of it."""
+    return ANALYSIS + TRANSFORMATION[: -1 if ordered_later else None]
 
 
 def for_ranks(

@@ -22,6 +22,8 @@ class Context:
 
     group: the expert-parallel group from the options; a *gathered* program brings its own.
     training: the graph will be differentiated.
+    measures: all ranks run the passes on this graph now, so that they may measure and decide
+        together.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.
@@ -31,6 +33,7 @@ class Context:
     report: Report
     group: dist.ProcessGroup | None = None
     training: bool = False
+    measures: bool = False
     regions: list[Region] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
     origin: dict[Node, Node] = field(default_factory=dict)

@@ -1,56 +1,79 @@
-"""Overlap: start each exchange as early, and wait for it as late, as the dataflow allows.
+"""Overlap: start each exchange as early, and wait for it as late, as compute allows.
 
-Contract. In: a graph with dialect ops. Out: the same nodes in another legal order. Only pure nodes
-move, and none moves across an impure one.
+Contract. In: a graph with dialect ops and ``meta["val"]``. Out: the same nodes in another legal
+order (`schedule.py`), in which waits stand behind what hides them. Nothing moves across a node that
+writes to its inputs. With ``pinned``, each wait also takes, as ``wait_after``, the starts and
+matrix products that stand between it and the wait before: so the order holds in whatever a compiler
+that reorders by dependencies makes of the graph, and no product is fused with what follows a wait.
 
 Pseudo-code::
 
-    between two impure nodes:
-        order = every node as it stood, but a wait and all that depends on one stand back until
-                nothing else is left to run
+    between two nodes that write:
+        wanted = schedule(nodes, costs)
+        if it takes more than `MEMORY` times the memory of the order that is there: leave that
+        pinned: wait -> wait_after(..., what was placed since the last wait and nothing needs since)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.node_costs import GraphCosts, is_heavy
+from moe_fx.passes.schedule import STARTS, WAITS, peak_bytes, schedule
 
-_WAIT = torch.ops.moe_fx.wait.default
+_WAIT_AFTER = torch.ops.moe_fx.wait_after.default
+MEMORY = 1.25
+"""The most memory, over that of the captured order, that the results alive at once may take."""
 
 
 class Overlap(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        changed = False
-        for span in _pure_spans(module):
-            wanted = _waits_last(span)
-            if wanted != span:
-                changed = True
-                _reorder(span, wanted)
+        changed = context.options.overlap != "off" and overlap(module.graph)
         if changed:
             module.graph.lint()
             module.recompile()
         return PassResult(module, changed)
 
 
-def _pure_spans(module: GraphModule) -> list[list[Node]]:
+def overlap(graph: Graph, pinned: bool = False) -> bool:
+    """Reorder ``graph`` in place; whether anything changed."""
+    spans = _spans(graph)
+    if not spans:
+        return False
+    costs = GraphCosts(graph)
+    changed = False
+    for span in spans:
+        wanted = schedule(span, costs)
+        sizes = {node: costs.bytes(node) for node in span}
+        if peak_bytes(wanted, sizes) > MEMORY * peak_bytes(span, sizes):
+            wanted = span
+        if wanted != span:
+            changed = True
+            _reorder(span, wanted)
+        if pinned:
+            changed |= _pin(wanted)
+    return changed
+
+
+def _spans(graph: Graph) -> list[list[Node]]:
+    """Runs of nodes that write to none of their inputs, where there is something to order."""
     spans: list[list[Node]] = [[]]
-    for node in module.graph.nodes:
-        if node.op in ("call_function", "get_attr") and not node.is_impure():
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr") and not _writes(node):
             spans[-1].append(node)
         else:
             spans.append([])
-    return [span for span in spans if any(node.target is _WAIT for node in span)]
+    return [span for span in spans if any(node.target in WAITS for node in span)]
 
 
-def _waits_last(span: list[Node]) -> list[Node]:
-    """Rounds: all that needs no further wait; then the first wait and what it sets free; …"""
-    behind: dict[Node, int] = {}
-    for node in span:
-        depth = max((behind.get(source, 0) for source in node.all_input_nodes), default=0)
-        behind[node] = depth + (node.target is _WAIT)
-    return sorted(span, key=behind.__getitem__)
+def _writes(node: Node) -> bool:
+    """Or has another effect that others may see, but for checks and random numbers."""
+    schema = getattr(node.target, "_schema", None)
+    return node.is_impure() if schema is None else bool(schema.is_mutable)
 
 
 def _reorder(span: list[Node], wanted: list[Node]) -> None:
@@ -58,3 +81,40 @@ def _reorder(span: list[Node], wanted: list[Node]) -> None:
     for node in wanted:
         before.append(node)
         before = node
+
+
+def _pin(order: Sequence[Node]) -> bool:
+    at = {node: position for position, node in enumerate(order)}
+    since: list[Node] = []
+    changed = False
+    for node in order:
+        if node.target in WAITS:
+            needed = _above([node], since, at)
+            heavy = [n for n in since if n not in needed]
+            behind = _above(heavy, since, at)
+            after = [n for n in heavy if n not in behind]
+            if after:
+                node.target = _WAIT_AFTER
+                given = [*node.args[:6], None]
+                node.args = (*given[:6], after)
+                node.kwargs = {}
+                changed = True
+            since = []
+        elif node.target in STARTS or is_heavy(node):
+            since.append(node)
+    return changed
+
+
+def _above(nodes: Sequence[Node], since: Sequence[Node], at: dict[Node, int]) -> set[Node]:
+    """What ``nodes`` need of the nodes from the first of ``since`` on."""
+    if not since:
+        return set()
+    first = at[since[0]]
+    found: set[Node] = set()
+    stack = [source for node in nodes for source in node.all_input_nodes]
+    while stack:
+        source = stack.pop()
+        if source not in found and at.get(source, -1) >= first:
+            found.add(source)
+            stack.extend(source.all_input_nodes)
+    return found

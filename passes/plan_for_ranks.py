@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.planner import asked
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
 
@@ -41,7 +42,7 @@ class PlanForRanks(Pass):
             else:
                 alone = region.program == "local" and self.world_size > 1
                 program = "replicated" if alone else region.program
-                kept.append((replace(region, program=program), self.plan(region.num_experts)))
+                kept.append((replace(region, program=program), self.plan(region, context)))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
@@ -54,8 +55,10 @@ class PlanForRanks(Pass):
             return f"expert weights are gathered from {others.pop()} ranks, not {self.world_size}"
         return ""
 
-    def plan(self, num_experts: int) -> ExchangePlan:
+    def plan(self, region: Region, context: Context) -> ExchangePlan:
+        num_experts, overlap = region.num_experts, context.options.overlap
         if self.world_size == 1:
             return ExchangePlan("local", num_experts, num_experts)
         local = num_experts // self.world_size
-        return ExchangePlan("alltoall", num_experts, local, GROUP_NAME, self.world_size, self.rank)
+        place = (GROUP_NAME, self.world_size, self.rank)
+        return ExchangePlan("alltoall", num_experts, local, *place, *asked(local, overlap))

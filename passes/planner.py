@@ -6,21 +6,33 @@ the rank number. Raises `ConfigurationError` if the experts do not divide by the
 Pseudo-code::
 
     group = the gather's group if the weights are gathered, else the option's
-    no group, or one rank -> "local";  otherwise -> "alltoall", experts in contiguous blocks
+    no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
+        overlap is a number -> "alltoall" in about so many chunks;  "off" -> in one
+        "auto" -> what costs least of `candidates` (`moe_fx.cost`), by the link and the speeds
+                  measured here; decided by the group's first rank, once per kind of layer
 
 Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch.distributed as dist
 from torch.fx import GraphModule
 
 from moe_fx.compat import resolve_group
+from moe_fx.cost import Choice, Layer, choose
+from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.plan import ExchangePlan
+from moe_fx.passes.cost_layer import device_of, layer_of
+from moe_fx.plan import ExchangePlan, Predicted, slices
+from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
+
+CHUNKS = (1, 2, 4, 8, 16)
 
 
 class Plan(Pass):
@@ -37,13 +49,15 @@ class Plan(Pass):
                 )
                 continue
             group = resolve_group(names.pop()) if names else None
-            kept.append((region, plan_exchange(region, group)))
+            kept.append((region, plan_exchange(region, group, context)))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
 
 
-def plan_exchange(region: Region, group: dist.ProcessGroup | None) -> ExchangePlan:
+def plan_exchange(
+    region: Region, group: dist.ProcessGroup | None, context: Context
+) -> ExchangePlan:
     experts = region.num_experts
     if group is None or group.size() == 1:
         return ExchangePlan("local", experts, experts)
@@ -55,6 +69,53 @@ def plan_exchange(region: Region, group: dist.ProcessGroup | None) -> ExchangePl
             f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
-    return ExchangePlan(
-        "alltoall", experts, experts // world, group.group_name, world, group.rank()
+    local = experts // world
+    place = (group.group_name, world, group.rank())
+    if context.options.overlap == "auto" and context.measures:
+        choice, predicted = _cheapest(region, group, context)
+        return ExchangePlan(
+            choice.strategy,
+            experts,
+            local,
+            *place,
+            choice.expert_slices,
+            choice.token_slices,
+            predicted,
+        )
+    return ExchangePlan("alltoall", experts, local, *place, *asked(local, context.options.overlap))
+
+
+def asked(local_experts: int, overlap: str | int) -> tuple[int, int]:
+    """(expert slices, token slices) where nothing is measured."""
+    return slices(local_experts, overlap if isinstance(overlap, int) else 1)
+
+
+def candidates(local_experts: int) -> list[Choice]:
+    """The first is what does nothing."""
+    return list(
+        dict.fromkeys(Choice("alltoall", *slices(local_experts, chunks)) for chunks in CHUNKS)
     )
+
+
+def _cheapest(
+    region: Region, group: dist.ProcessGroup, context: Context
+) -> tuple[Choice, Predicted]:
+    layer = layer_of(region, group.size(), context.training)
+    device = device_of(region)
+    timeout = context.options.agree_timeout
+    link = link_of(group, device, timeout)
+
+    def chosen() -> dict[str, Any]:
+        options = [c for c in candidates(layer.local_experts) if c.legal(layer)]
+        best, predictions = choose(layer, link, measured(device, layer.dtype), options)
+        own = predictions[options.index(best)]
+        predicted = Predicted(own.seconds, own.compute, own.exchange, predictions[0].seconds)
+        return {"choice": asdict(best), "predicted": asdict(predicted)}
+
+    found = decide(group, _kind(layer), chosen, timeout)
+    return Choice(**found["choice"]), Predicted(**found["predicted"])
+
+
+def _kind(layer: Layer) -> str:
+    """All that ranks have in common."""
+    return repr({k: v for k, v in asdict(layer).items() if k != "tokens"})

@@ -6,7 +6,9 @@
 | ``expert_counts`` | tokens per expert |
 | ``permute`` / ``unpermute`` | rows sorted by expert, stable / weighted sum back in token order |
 | ``exchange_counts`` / ``split_sizes`` | the one small exchange / sizes on the host (a sync) |
-| ``all_to_all`` / ``wait`` | start of the row exchange / its end |
+| ``all_to_all`` / ``wait`` | start of the row exchange / its end (``wait_after``: in this place) |
+| ``chunk_keys`` | what pairs are sorted by where they travel in chunks |
+| ``permute_chunks`` / ``unpermute_chunks`` | as ``permute`` / ``unpermute``, rows in chunks |
 | ``regroup`` | received rows, by source rank, to rows by local expert |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |
@@ -14,6 +16,6 @@
 
 from __future__ import annotations
 
-from moe_fx.ops import exchange, experts, routing
+from moe_fx.ops import chunks, exchange, experts, routing
 
-__all__ = ["exchange", "experts", "routing"]
+__all__ = ["chunks", "exchange", "experts", "routing"]

@@ -14,13 +14,15 @@ The second is why the op returns a handle and not the pending tensor itself, as 
 collectives do: Inductor protects a pending buffer only for ``_c10d_functional`` ops. Gradients flow
 through ``wait`` (from received rows to sent rows: the same exchange in reverse).
 
-Shapes: ``W`` ranks, ``L = E / W`` local experts, ``S`` rows sent, ``R`` rows received.
+Shapes: ``W`` ranks, ``L = E / W`` local experts, ``S`` rows sent, ``R`` rows received, ``C`` chunks
+(`moe_fx.ops.chunks`; 1: all rows travel at once).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,32 +62,41 @@ def pending_exchanges() -> int:
 
 
 def _exchange_counts(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
 ) -> Tensor:
-    """``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
-    before the group's first exchange with these plans, waiting ``timeout`` seconds for others."""
+    """``counts [C * W * P]``, of each chunk, rank and expert of a slice, to what this rank gets:
+    ``[W, C * P]``, of each source, chunk and own expert of a slice.
+
+    ``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
+    before the group's first exchange with these plans, waiting ``timeout`` seconds for others.
+    """
     if plans is not None:
         ensure(group, plans, timeout)
     process_group = resolve_group(group)
     world = process_group.size()
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=process_group)
+    by_rank = counts.view(chunks, world, -1).transpose(0, 1).contiguous()
+    received = torch.empty_like(by_rank)
+    dist.all_to_all_single(received, by_rank, group=process_group)
     return received.view(world, -1)
 
 
 def _exchange_counts_fake(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
 ) -> Tensor:
     return counts.new_empty(counts.shape).view(resolve_group(group).size(), -1)
 
 
-def _split_sizes(counts: Tensor, recv_counts: Tensor) -> Tensor:
+def _split_sizes(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> Tensor:
+    """``[C, 2, W]`` on the host: rows of each chunk sent to, and received from, each rank. The one
+    op that waits for the device."""
     world = recv_counts.shape[0]
-    return torch.stack([counts.view(world, -1).sum(1), recv_counts.sum(1)]).cpu()
+    sent = counts.view(chunks, world, -1).sum(-1)
+    received = recv_counts.view(world, chunks, -1).sum(-1).t()
+    return torch.stack([sent, received], 1).cpu()
 
 
-def _split_sizes_fake(counts: Tensor, recv_counts: Tensor) -> Tensor:
-    return torch.empty((2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
+def _split_sizes_fake(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> Tensor:
+    return torch.empty((chunks, 2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
 
 
 def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
@@ -145,6 +156,32 @@ def _wait_fake(
     return sent.new_empty((size, *sent.shape[1:]))
 
 
+def _wait_after(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None,
+    after: Sequence[Tensor],
+) -> Tensor:
+    """``wait``, once ``after`` has been computed or started: a compiler that knows no order but
+    that of dependencies keeps this one. For graphs whose gradients are there already."""
+    return _wait(handle, sent, send_counts, recv_counts, group, num_rows)
+
+
+def _wait_after_fake(
+    handle: Tensor,
+    sent: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    num_rows: int | None,
+    after: Sequence[Tensor],
+) -> Tensor:
+    return _wait_fake(handle, sent, send_counts, recv_counts, group, num_rows)
+
+
 def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _handle, sent, send_counts, recv_counts, group, _num_rows = inputs
     ctx.save_for_backward(send_counts, recv_counts)
@@ -162,12 +199,13 @@ def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 define(
-    "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0) -> Tensor",
+    "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0, "
+    "int chunks=1) -> Tensor",
     _exchange_counts,
     _exchange_counts_fake,
 )
 define(
-    "split_sizes(Tensor counts, Tensor recv_counts) -> Tensor",
+    "split_sizes(Tensor counts, Tensor recv_counts, int chunks=1) -> Tensor",
     _split_sizes,
     _split_sizes_fake,
 )
@@ -184,5 +222,12 @@ define(
     _wait_fake,
     backward=_wait_backward,
     setup_context=_wait_setup,
+    any_layout=True,
+)
+define(
+    "wait_after(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
+    "SymInt? num_rows, Tensor[] after) -> Tensor",
+    _wait_after,
+    _wait_after_fake,
     any_layout=True,
 )

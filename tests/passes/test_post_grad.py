@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import moe_fx
-from moe_fx import graph_pass, passes
+from moe_fx import graph_pass, passes, sources
 from moe_fx.compat import CustomGraphPass
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block, relative_error
@@ -413,8 +413,8 @@ def test_the_key_is_of_the_sources_wherever_they_are_and_changes_with_them(
     assert done.stdout.split() == [str(package / "__init__.py"), before]
     with open(package / "passes" / "overlap.py", "a") as file:
         file.write("\n# edited\n")
-    edited = graph_pass.digest_of_sources([package / "passes", package])
-    monkeypatch.setattr(graph_pass, "_SOURCES", edited)
+    edited = sources.digest_of_sources([package / "passes", package])
+    monkeypatch.setattr(graph_pass, "SOURCES", edited)
     assert moe_fx.MoEPass().uuid() != before
 
 

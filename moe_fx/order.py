@@ -1,0 +1,42 @@
+"""The order of exchanges and compute, kept through the base compiler.
+
+Inductor cuts a training graph in two and rewrites both; so `passes/overlap.py` orders its forward
+and backward graphs where Inductor hands them to custom passes. What it finds is pinned by
+dependencies, which Inductor's own reordering and fusing then respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
+from moe_fx.passes.overlap import overlap
+from moe_fx.sources import SOURCES
+
+ORDERS_LATER = ("inductor",)
+"""Base compilers that call `OrderPass` on the graphs they run."""
+
+
+class OrderPass(CustomGraphPass):
+    """Orders one graph in place (`moe_fx.passes.overlap`)."""
+
+    def __call__(self, graph: Graph) -> None:
+        overlap(graph, pinned=True)
+
+    def uuid(self) -> str:
+        return f"moe_fx.OrderPass {SOURCES} {torch.__version__}"
+
+
+def compile_with(
+    base: str, module: GraphModule, inputs: Sequence[Any], ordered: bool
+) -> Callable[..., Any]:
+    """``module`` compiled by ``base``; with ``ordered``, what it runs is ordered for overlap."""
+    compiler = base_compiler(base)
+    if not ordered or base not in ORDERS_LATER:
+        return compiler(module, list(inputs))
+    patches = {"post_grad_custom_pre_pass": inductor_passes(OrderPass())}
+    return compiler(module, list(inputs), config_patches=patches)

@@ -1,0 +1,159 @@
+"""How fast this device computes, measured in the very shapes that a plan is about.
+
+::
+
+    compute = measured(torch.device("cpu"), torch.float32)
+    compute.gemm_seconds(256, 512, 4096, groups=8)  # 8 experts, 256 rows each
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+import moe_fx.ops  # noqa: F401  registers torch.ops.moe_fx
+from moe_fx.compat import real_tensors
+
+__all__ = ["Compute", "measured"]
+
+_BUDGET = 0.02
+"""Seconds that the repeats of one measurement may take, beyond the first two."""
+_REPEATS = 7
+_MOST_ROWS = {"cpu": 512}
+"""Rows of the largest GEMM measured; more rows are taken to cost in proportion."""
+_MOST_ROWS_ELSEWHERE = 8192
+_WEIGHT_BYTES = {"cpu": 32 << 20}
+"""Bytes of weights that one measurement may hold; more groups cost in proportion. More than one
+weight, so that no cache keeps what a layer would have to read."""
+_WEIGHT_BYTES_ELSEWHERE = 256 << 20
+_COPY_BYTES = {"cpu": 16 << 20}
+_COPY_BYTES_ELSEWHERE = 256 << 20
+
+
+class Compute(Protocol):
+    """What the pipeline model asks of a device."""
+
+    def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
+        """``groups`` times ``[rows, d] @ [d, n]``, each group with its own weight."""
+        ...
+
+    def copy_seconds(self, num_bytes: float) -> float:
+        """Read and write so many bytes of rows, in another order."""
+        ...
+
+    def piece_seconds(self) -> float:
+        """What a piece of an exchange costs however small: launches, counts, split lists."""
+        ...
+
+
+def measured(device: torch.device, dtype: torch.dtype) -> Compute:
+    """Rates of ``device`` for values of ``dtype``. Every number is measured when first asked for,
+    in a few to some ten milliseconds, and kept for the process, per device type and dtype.
+
+    Ranks measure different numbers; decide on numbers they have agreed on (`moe_fx.link.agreed`).
+    """
+    return _Measured(device, dtype)
+
+
+class _Measured:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
+        """Between powers of two of rows, interpolated."""
+        if rows <= 0 or groups <= 0:
+            return 0.0
+        most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
+        if rows >= most:
+            return self._gemm(most, d, n, groups) * rows / most
+        below = 2 ** max(0, math.floor(math.log2(rows)))
+        seconds = self._gemm(below, d, n, groups)
+        if rows <= below:
+            return seconds
+        above = self._gemm(2 * below, d, n, groups)
+        return seconds + (above - seconds) * (rows - below) / below
+
+    def _gemm(self, rows: int, d: int, n: int, groups: int) -> float:
+        limit = _WEIGHT_BYTES.get(self.device.type, _WEIGHT_BYTES_ELSEWHERE)
+        held = min(groups, max(1, limit // (d * n * self.dtype.itemsize)))
+        return _gemm_seconds(self.device, self.dtype, rows, d, n, held) * groups / held
+
+    def copy_seconds(self, num_bytes: float) -> float:
+        return num_bytes * _copy_seconds_per_byte(self.device)
+
+    def piece_seconds(self) -> float:
+        return _piece_seconds(self.device, self.dtype)
+
+
+def _cached(measurement: Callable[..., float]) -> Callable[..., float]:
+    """Kept per device type and other arguments; real tensors even while a compiler traces."""
+    kept: dict[tuple[Any, ...], float] = {}
+
+    @functools.wraps(measurement)
+    def cached(device: torch.device, *args: Any) -> float:
+        key = (device.type, *args)
+        if key not in kept:
+            with real_tensors(), torch.no_grad():
+                kept[key] = measurement(device, *args)
+        return kept[key]
+
+    return cached
+
+
+@_cached
+def _gemm_seconds(
+    device: torch.device, dtype: torch.dtype, rows: int, d: int, n: int, groups: int
+) -> float:
+    """The op that the rewritten graph runs: ``[groups * rows, d], [groups, d, n]``."""
+    tokens = torch.ones((groups * rows, d), dtype=dtype, device=device)
+    weight = torch.ones((groups, d, n), dtype=dtype, device=device)
+    offsets = torch.arange(rows, groups * rows + 1, rows, dtype=torch.int32, device=device)
+    return _timed(device, lambda: torch.ops.moe_fx.grouped_mm(tokens, weight, offsets))
+
+
+@_cached
+def _copy_seconds_per_byte(device: torch.device) -> float:
+    num_bytes = _COPY_BYTES.get(device.type, _COPY_BYTES_ELSEWHERE)
+    width = 1024
+    rows = torch.zeros((num_bytes // (4 * width), width), dtype=torch.float32, device=device)
+    order = torch.arange(rows.shape[0] - 1, -1, -1, device=device)
+    return _timed(device, lambda: rows.index_select(0, order)) / num_bytes
+
+
+@_cached
+def _piece_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """Regrouping and back, and one grouped GEMM, of a single row."""
+    row = torch.ones((1, 16), dtype=dtype, device=device)
+    weight = torch.ones((1, 16, 16), dtype=dtype, device=device)
+    counts = torch.ones((1, 1), dtype=torch.int64, device=device)
+    ops = torch.ops.moe_fx
+
+    def piece() -> None:
+        grouped, row_map = ops.regroup(row, counts)
+        result = ops.grouped_mm(grouped, weight, counts.sum(0).cumsum(0, dtype=torch.int32))
+        ops.unpermute(result, row_map, None, [1, 16])
+
+    return _timed(device, piece)
+
+
+def _timed(device: torch.device, call: Callable[[], Any]) -> float:
+    """Median seconds of a call once warm."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+        return time.perf_counter() - start
+
+    once()
+    took = [once()]
+    while len(took) < _REPEATS and sum(took) < _BUDGET:
+        took.append(once())
+    return median(took)

@@ -1,0 +1,245 @@
+"""What a rewritten region is made of on the experts' side: their body on rows sorted by expert.
+
+`Emitter.experts` emits the captured body on rows of a slice of the local experts: ops on rows as
+captured, matmuls with per-expert tables as ``grouped_mm``, permutations left out (rows on this side
+stand in one order). Tables are cut to the slice: the shard of a gathered table, a view of a
+replicated one, the matrices themselves where a table is a stack of separate ones.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.roles import (
+    VIEWS,
+    PairIds,
+    Permutation,
+    Rows,
+    RowTable,
+    is_grouped_matmul,
+    is_unary_rowwise,
+    shape,
+)
+from moe_fx.plan import ExchangePlan
+from moe_fx.region import Parts
+
+aten = torch.ops.aten
+ops = torch.ops.moe_fx
+
+
+class Emitter:
+    """Adds nodes where the graph's insertion point is."""
+
+    def __init__(self, graph: Graph, parts: Parts, plan: ExchangePlan) -> None:
+        self.graph, self.parts, self.plan = graph, parts, plan
+        self.trace = parts.combined.meta.get("stack_trace", "")
+        self._owned: dict[Node, Node] = {}
+        self._splits: dict[Node, Node] = {}
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(op, args, kwargs)
+        node.meta["stack_trace"] = self.trace
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        return self.call(operator.getitem, node, index)
+
+    def copy(self, node: Node, translate: Callable[[Node], Any]) -> Node:
+        copy = self.call(
+            node.target,  # type: ignore[arg-type]
+            *map_arg(node.args, translate),
+            **map_arg(node.kwargs, translate),
+        )
+        copy.meta["stack_trace"] = node.meta.get("stack_trace", self.trace)
+        return copy
+
+    def is_permuting(self, node: Node) -> bool:
+        index: Any
+        if node.target is aten.index.Tensor:
+            indices: Any = node.args[1]
+            (index,) = indices
+        elif node.target is aten.index_select.default:
+            index = node.args[2]
+        else:
+            return False
+        return isinstance(self.parts.roles.get(index), Permutation)
+
+    def experts(self, rows: Node, counts: Node, at: int = 0) -> Node:
+        """The experts' results for ``rows``, sorted by expert, ``counts`` of each expert of slice
+        ``at`` of the local ones."""
+        return _Experts(self, rows, counts, at).result()
+
+    def owned(self, table: Node) -> Node:
+        """``[E, ...] -> [E/W, ...]``: the shard of a gathered table, a view of a replicated one."""
+        if table not in self._owned:
+            self._owned[table] = self._own(table)
+        return self._owned[table]
+
+    def piece(self, owned: Node, at: int) -> Node:
+        """Slice ``at`` of the local experts; one split for all slices, so that there is one
+        gradient."""
+        if self.plan.expert_slices == 1:
+            return owned
+        if owned not in self._splits:
+            count = self.plan.experts_per_slice
+            self._splits[owned] = self.call(aten.split.Tensor, owned, count)
+        return self.item(self._splits[owned], at)
+
+    def _own(self, table: Node) -> Node:
+        gather = gather_of(table)
+        if gather is not None:
+            return gather.shard
+        if not self.plan.owns_shares:
+            return self._ungathered(table)
+        if table.op == "call_function" and is_unary_rowwise(table):
+            source = table.args[0]
+            assert isinstance(source, Node)
+            if table.target in VIEWS:
+                sizes = [self.plan.local_experts, *shape(table)[1:]]
+                return self.call(aten.reshape.default, self.owned(source), sizes)
+            return self.copy(table, lambda n: self.owned(n) if n is source else n)
+        first = self.plan.first_expert
+        return self.call(aten.slice.Tensor, table, 0, first, first + self.plan.local_experts)
+
+    def _ungathered(self, table: Node) -> Node:
+        """Where every expert is local a shard is the whole: drop the gather below, if any."""
+        if table.op != "call_function" or not is_unary_rowwise(table):
+            return table
+        source = table.args[0]
+        assert isinstance(source, Node)
+        local = self.owned(source)
+        return table if local is source else self.copy(table, lambda n: local if n is source else n)
+
+
+@dataclass
+class _Experts:
+    """One run of the body. at: the slice of the local experts whose rows these are."""
+
+    emitter: Emitter
+    rows: Node
+    counts: Node
+    at: int
+
+    def __post_init__(self) -> None:
+        self.parts, self.plan = self.emitter.parts, self.emitter.plan
+        self.call, self.copy = self.emitter.call, self.emitter.copy
+        self.num_rows = self.call(aten.sym_size.int, self.rows, 0)
+        self.offsets = self.call(aten.cumsum.default, self.counts, 0, dtype=torch.int32)
+        self.values: dict[Node, Node] = dict.fromkeys(self.parts.dispatched, self.rows)
+        self.tables: dict[Node, Node] = {}
+        self.row_ids: Node | None = None
+
+    def result(self) -> Node:
+        for node in self.parts.body:
+            if node not in self.values and isinstance(self.parts.roles[node], Rows):
+                self.values[node] = self._node(node)
+        return self.values[self.parts.cut]
+
+    def _node(self, node: Node) -> Node:
+        roles = self.parts.roles
+        if self.emitter.is_permuting(node):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            return self.values[source]
+        if is_grouped_matmul(node):
+            rows, table, _ = node.args
+            return self._grouped_mm(self._rows(rows), table)
+        if node.target is aten.bmm.default and any(
+            isinstance(roles.get(n), RowTable) for n in node.all_input_nodes
+        ):
+            return self._per_row_matmul(node)
+        if node.target in VIEWS:
+            return self.call(
+                aten.reshape.default, self._rows(node.args[0]), [self.num_rows, *shape(node)[1:]]
+            )
+        return self.copy(node, self._rows)
+
+    def _per_row_matmul(self, node: Node) -> Node:
+        """``bmm`` of each row with its own copy of its expert's matrix, in either order."""
+        left, right = node.all_input_nodes
+        table_first = isinstance(self.parts.roles.get(left), RowTable)
+        rows, table = (right, left) if table_first else (left, right)
+        vector_dim = 2 if table_first else 1
+        weight = self._table(table)
+        if table_first:
+            weight = self.call(aten.transpose.int, weight, 1, 2)
+        flat = self.call(aten.squeeze.dim, self._rows(rows), vector_dim)
+        product = self.call(ops.grouped_mm.default, flat, weight, self.offsets)
+        return self.call(aten.unsqueeze.default, product, vector_dim)
+
+    def _grouped_mm(self, rows: Node, table: Any) -> Node:
+        separate = self._separate(table)
+        if separate is not None:
+            return self.call(ops.grouped_mm_list.default, rows, separate, self.offsets)
+        return self.call(ops.grouped_mm.default, rows, self._local(table), self.offsets)
+
+    def _separate(self, table: Node) -> list[Node] | None:
+        """The slice's matrices behind a table that is a stack of them, so that no copy is made."""
+        if table.target is aten.stack.default:
+            return self._stacked(table)
+        if table.target is not aten.transpose.int:
+            return None
+        source, *dims = table.args
+        assert isinstance(source, Node)
+        matrices = self._separate(source)
+        if matrices is None or set(dims) != {1, 2}:
+            return None
+        return [self.call(aten.transpose.int, matrix, 0, 1) for matrix in matrices]
+
+    def _stacked(self, table: Node) -> list[Node]:
+        matrices: Any = table.args[0]
+        count = self.plan.experts_per_slice
+        first = self.plan.first_expert + self.at * count
+        return list(matrices[first : first + count])
+
+    def _rows(self, node: Any) -> Any:
+        """The value on this side of a node the captured body reads."""
+        role = self.parts.roles.get(node)
+        if isinstance(role, RowTable):
+            return self.call(aten.index.Tensor, self._table(node), [self._ids()])
+        return self.values.get(node, node)
+
+    def _ids(self) -> Node:
+        if self.row_ids is None:
+            self.row_ids = self.call(
+                aten.repeat_interleave.Tensor, self.counts, output_size=self.num_rows
+            )
+        return self.row_ids
+
+    def _table(self, node: Any) -> Node:
+        """The slice's table behind rows gathered from it, with whatever was done to each row since
+        done to each expert instead."""
+        if node in self.tables:
+            return self.tables[node]
+        index = next((n for n in node.all_input_nodes if self._is_pair_ids(n)), None)
+        if index is not None:
+            source = next(n for n in node.all_input_nodes if n is not index)
+            table = self._local(source)
+        elif self.emitter.is_permuting(node):
+            table = self._table(node.args[0])
+        elif node.target in VIEWS:
+            sizes = [self.plan.experts_per_slice, *shape(node)[1:]]
+            table = self.call(aten.reshape.default, self._table(node.args[0]), sizes)
+        else:
+            table = self.copy(node, self._table_or_constant)
+        self.tables[node] = table
+        return table
+
+    def _table_or_constant(self, node: Node) -> Node:
+        return self._table(node) if isinstance(self.parts.roles.get(node), RowTable) else node
+
+    def _is_pair_ids(self, node: Node) -> bool:
+        return isinstance(self.parts.roles.get(node), PairIds)
+
+    def _local(self, table: Any) -> Node:
+        if table.target is aten.stack.default:
+            return self.call(aten.stack.default, self._stacked(table))
+        return self.emitter.piece(self.emitter.owned(table), self.at)

@@ -1,0 +1,157 @@
+"""What a node of a captured graph costs, in seconds, for `schedule`.
+
+Matrix products cost what was measured for their shapes (`moe_fx.rates`), other ops the bytes they
+read and write, views nothing, exchanges what the group's link says (`moe_fx.link`). Sizes that are
+symbols count as at capture; the rows of a piece of an exchange, which only the run will tell, as
+the mean: all pairs over the pieces sent, and as many received as sent.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from moe_fx.compat import number, resolve_group, symbols
+from moe_fx.link import Link, known
+from moe_fx.rates import Compute, measured
+
+aten = torch.ops.aten
+ops = torch.ops.moe_fx
+
+_UNKNOWN = 64
+UNKNOWN_EXCHANGE = 1e3
+"""Seconds: longer than anything that could stand in its way."""
+_VIEWS = (
+    operator.getitem,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.alias.default,
+    aten.detach.default,
+)
+_MATMULS: dict[Any, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.linear.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+    aten.addmm.default: (1, 2),
+    ops.grouped_mm.default: (0, 1),
+    ops.grouped_mm_list.default: (0, 1),
+    ops.grouped_mm_grad_weight.default: (0, 1),
+}
+
+
+def is_heavy(node: Node) -> bool:
+    """Worth its place in an order: a matrix product, or an op that no compiler fuses."""
+    if node.target in _MATMULS:
+        return True
+    return getattr(node.target, "namespace", "aten") not in ("aten", "prims")
+
+
+class GraphCosts:
+    """Of nodes with ``meta["val"]``; a node without costs nothing."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.rows: dict[Any, int] = {}
+        self._sizes: dict[Node, int] = {}
+        for node in graph.nodes:
+            self._note_rows(node)
+
+    def compute(self, node: Node) -> float:
+        if node.op != "call_function" or node.target in _VIEWS:
+            return 0.0
+        tensors = list(_tensors(node.meta.get("val")))
+        if not tensors or node.target in (ops.wait.default, ops.wait_after.default):
+            return 0.0
+        device = tensors[0].device
+        if node.target in _MATMULS:
+            return self._matmul(node, measured(device, tensors[0].dtype))
+        if node.target in (ops.all_to_all.default, ops.split_sizes.default):
+            return 0.0
+        moved = self.bytes(node) + sum(map(self.bytes, node.all_input_nodes))
+        return measured(device, torch.float32).copy_seconds(moved / 2)
+
+    def exchange(self, node: Node) -> float:
+        rows: Any = node.args[0]
+        if "val" not in rows.meta:
+            return UNKNOWN_EXCHANGE
+        device = rows.meta["val"].device
+        group = resolve_group(node.args[3])  # type: ignore[arg-type]
+        world = group.size()
+        link: Link = known(group, device)
+        return link.seconds(self.bytes(rows) * (world - 1) / world, in_flight=2) / 2
+
+    def bytes(self, node: Node) -> int:
+        """Of a node's result."""
+        if node not in self._sizes:
+            self._sizes[node] = sum(
+                math.prod(map(self.size, tensor.shape)) * tensor.element_size()
+                for tensor in _tensors(node.meta.get("val"))
+            )
+        return self._sizes[node]
+
+    def size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        return number(size, symbols([size], _UNKNOWN) | self._known([size]))
+
+    def _known(self, sizes: Iterable[Any]) -> dict[Any, int]:
+        return {
+            symbol: self.rows[symbol] for symbol in symbols(sizes, _UNKNOWN) if symbol in self.rows
+        }
+
+    def _note_rows(self, node: Node) -> None:
+        val = node.meta.get("val")
+        if node.target is ops.permute_chunks.default and val is not None:
+            keys: Any = node.args[1]
+            pairs = math.prod(map(self.size, keys.meta["val"].shape))
+            for piece in val[0]:
+                self._note(piece, pairs // len(val[0]))
+        elif node.target in (ops.wait.default, ops.wait_after.default) and val is not None:
+            sent: Any = node.args[1]
+            self._note(val, self.size(sent.meta["val"].shape[0]))
+
+    def _note(self, rows: Tensor, count: int) -> None:
+        for symbol in symbols([rows.shape[0]], _UNKNOWN):
+            self.rows.setdefault(symbol, count)
+
+    def _matmul(self, node: Node, compute: Compute) -> float:
+        left, right = (node.args[at] for at in _MATMULS[node.target])
+        separate = len(right) if isinstance(right, list) else 0
+        rows = self._dims(left)
+        weight = self._dims(right[0] if isinstance(right, list) else right)
+        if node.target is ops.grouped_mm_grad_weight.default:
+            (groups,) = self._dims(node.args[2])
+            return compute.gemm_seconds(rows[0] / groups, rows[1], weight[-1], groups)
+        if len(weight) == 3:
+            each = rows[1] if len(rows) == 3 else rows[0] / weight[0]
+            return compute.gemm_seconds(each, rows[-1], weight[-1], weight[0])
+        out = weight[0] if node.target is aten.linear.default else weight[-1]
+        groups = max(1, separate)
+        return compute.gemm_seconds(math.prod(rows[:-1]) / groups, rows[-1], out, groups)
+
+    def _dims(self, node: Any) -> list[int]:
+        return [self.size(size) for size in node.meta["val"].shape]
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
