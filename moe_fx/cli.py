@@ -1,8 +1,11 @@
-"""The command line: ``moe-fx demo``, ``moe-fx explain``."""
+"""The command line: ``moe-fx demo``, ``moe-fx explain``, ``moe-fx bench``."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -111,6 +114,108 @@ def explain_command(
     if html is not None:
         report.to_html(html)
     raise typer.Exit(0 if report.regions and not (strict and report.missed) else 1)
+
+
+@app.command("bench")
+def bench_command(
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Block of transformers; may be repeated. qwen3: many small experts; mixtral: few "
+            "big ones; deepseek: with a shared expert. Default: all."
+        ),
+    ] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Time of exchange over time of compute, set by the width of the experts; may be "
+            "repeated. Default: 0.25, 0.5, 1, 2."
+        ),
+    ] = None,
+    routing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How evenly tokens use experts; may be repeated. zipf: the share of an expert "
+            "falls with its rank. Default: both."
+        ),
+    ] = None,
+    backward: Annotated[
+        bool | None,
+        typer.Option(
+            "--backward/--forward",
+            help="Only forward + backward, or only forward. Default: both.",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of each program, in turn; medians count. Default: 7; 3 if --quick."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="One point (qwen3, ratio 1, uniform, forward), unless said otherwise."
+        ),
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write every figure, and the machine, as JSON.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a trace of the first point for ui.perfetto.dev, and beside it a "
+            "picture (.svg): compute, exchange and wait of each rank, without overlap and with."
+        ),
+    ] = None,
+) -> None:
+    """Measure how much of the exchange hides behind compute, on a slow link.
+
+    The two hosts are network namespaces of this machine; their link is
+    limited to 150 Mbit/s (300 at ratio 0.25). Needs root and iproute2
+    (without, says so; exit status 0), and no accelerator. Each of these is
+    compared with the original block, then all run in turn: compute only,
+    exchange only, moe_fx without overlap, transformers' AllToAllEP eager and
+    compiled, Inductor's own overlap scheduler, moe_fx in 1, 2, 4 and 8 chunks
+    and as it chooses itself.
+
+    How to read it. bound: the longer of compute and exchange, which no
+    program can beat; / bound: 1.00 is perfect; hidden: the share of the time
+    lost without overlap that is won back. A program that cannot run here is
+    listed with the reason. --quick takes minutes, the whole grid hours; keep
+    the machine otherwise idle.
+
+    Exit status: 0; 1 if a program of moe_fx failed or differs from the
+    original; 2 if an option cannot be used, or there is no checkout.
+    """
+    try:
+        bench = _from_checkout("tests.bench.overlap")
+        points = bench.run(
+            bench.select(layer, ratio, routing, backward, rounds, quick, trace), Console(), json
+        )
+    except MoeFxError as error:
+        _fail(error)
+    raise typer.Exit(1 if bench.failures(points or []) else 0)
+
+
+def _from_checkout(name: str) -> ModuleType:
+    """The module ``name`` of the checkout that moe_fx itself was imported from."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / f"{name.replace('.', '/')}.py").exists():
+        raise MoeFxError(
+            f"The benchmark is not part of the installed package, and there is no checkout around "
+            f"{Path(__file__).parent}. Clone the project, `pip install -e '.[hf]'` in it, and run "
+            "moe-fx bench again."
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MoeFxError(
+            f"The benchmark cannot be imported: {error}. It needs transformers: "
+            "pip install -e '.[hf]' in the checkout."
+        ) from None
 
 
 def _fail(error: MoeFxError) -> Any:

@@ -1,0 +1,144 @@
+"""The programs that are measured side by side, each from the same block of transformers.
+
+A variant is built on every rank; it gets its block sharded its own way and returns what to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import moe_fx
+from tests.bench import functional
+
+CHUNKS = (1, 2, 4, 8)
+COMPUTE, UNOVERLAPPED, AUTO = "compute", "off", "auto"
+HF_EAGER, HF_COMPILED = "hf_eager", "hf_compiled"
+INDUCTOR, INDUCTOR_COST = "inductor", "inductor_cost"
+TITLES: dict[str, str] = {
+    COMPUTE: "compute only",
+    UNOVERLAPPED: "ours, unoverlapped",
+    HF_EAGER: "HF AllToAllEP, eager",
+    HF_COMPILED: "HF AllToAllEP, compiled",
+    INDUCTOR: "Inductor's scheduler",
+    INDUCTOR_COST: "Inductor's scheduler, our costs",
+    **{f"chunks{n}": f"ours, {n} chunk{'s' if n > 1 else ''}" for n in CHUNKS},
+    AUTO: "ours, auto",
+}
+OURS = (*(f"chunks{n}" for n in CHUNKS), AUTO)
+PEERS = (HF_EAGER, HF_COMPILED, INDUCTOR, INDUCTOR_COST)
+
+COST_CALLBACK = "inductor_runtime_estimation"
+"""The attribute of moe_fx that makes, for a process group, a callback for Inductor's
+``custom_runtime_estimation`` (a node to milliseconds, or None for no opinion)."""
+
+_MEMORY_GBPS = 10.0
+
+
+class CannotRun(Exception):
+    """The variant does not exist here; the message says why."""
+
+
+@dataclass
+class Program:
+    """``call`` runs the forward of ``module``. compiling: what holds while it is compiled.
+    reports: of moe_fx, one a compiled graph; None for a program that is not ours."""
+
+    module: nn.Module
+    call: Callable[[Tensor], Tensor]
+    compiling: Callable[[], AbstractContextManager[Any]] = nullcontext
+    reports: list[Any] | None = field(default=None)
+
+    def require_rewritten(self) -> None:
+        if self.reports is not None and not any(report.regions for report in self.reports):
+            said = [str(d.reason) for report in self.reports for d in report.declined]
+            raise CannotRun(f"moe_fx did not rewrite the layer: {'; '.join(said) or 'not found'}")
+
+
+def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Module]) -> Program:
+    """``block()``: a new whole block. ``sharded()``: one whose experts `moe_fx.shard_experts` has
+    cut, the same for every caller. Raises `CannotRun`."""
+    if name in (HF_EAGER, HF_COMPILED):
+        module = _hugging_face(block())
+        return Program(module, torch.compile(module) if name == HF_COMPILED else module)
+    if name in (INDUCTOR, INDUCTOR_COST):
+        estimate = cost_callback() if name == INDUCTOR_COST else None
+        functional.register()
+        program = _ours(sharded(), UNOVERLAPPED, functional.BACKEND)
+        program.compiling = lambda: _overlap_scheduling(estimate)
+        return program
+    return _ours(sharded(), UNOVERLAPPED if name == COMPUTE else name, "inductor")
+
+
+def overlap_option(name: str) -> dict[str, Any]:
+    """The option of moe_fx for the variant; none where it is how this moe_fx works anyway."""
+    if "overlap" in moe_fx.Options.model_fields:
+        value = name if name in (UNOVERLAPPED, AUTO) else int(name.removeprefix("chunks"))
+        return {"overlap": value}
+    if name == UNOVERLAPPED:
+        return {}
+    raise CannotRun("this moe_fx has no option 'overlap'")
+
+
+def supported(name: str) -> bool:
+    """This moe_fx has what the variant of ours needs."""
+    return name in (COMPUTE, UNOVERLAPPED) or "overlap" in moe_fx.Options.model_fields
+
+
+def cost_callback() -> Callable[[Any], float | None]:
+    factory = getattr(moe_fx, COST_CALLBACK, None)
+    if factory is None:
+        raise CannotRun(f"this moe_fx has no '{COST_CALLBACK}'")
+    return factory(dist.group.WORLD)
+
+
+def _ours(module: nn.Module, overlap: str, base: str) -> Program:
+    reports: list[Any] = []
+    options = {**overlap_option(overlap), "base": base, "on_report": reports.append}
+    compiled = torch.compile(
+        module, backend="moe_fx", fullgraph=True, dynamic=False, options=options
+    )
+    return Program(module, compiled, reports=reports)
+
+
+def _hugging_face(block: nn.Module) -> nn.Module:
+    try:
+        from transformers.distributed.expert_parallel import apply_expert_parallelism
+    except ImportError as error:
+        raise CannotRun(f"this transformers has no AllToAllEP: {error}") from None
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("ep", "tp"))
+    plan = {
+        "experts.gate_up_proj": "grouped_gemm",
+        "experts.down_proj": "grouped_gemm",
+        "experts": "ep_dispatch_experts",
+    }
+    return apply_expert_parallelism(
+        block, mesh["ep"], mesh["tp"], plan, ep_implementation="all_to_all"
+    )
+
+
+@contextmanager
+def _overlap_scheduling(estimate: Callable[[Any], float | None] | None) -> Iterator[None]:
+    """Inductor's scheduler on. It would time matmuls on a GPU and ask Triton for the memory's
+    bandwidth, and so fails without one: here it estimates matmuls, and is told this machine's
+    bandwidth. Its other figures stay its own."""
+    from torch._inductor import config
+
+    prefix = "aten_distributed_optimizations."
+    options: dict[str, Any] = {
+        "enable_overlap_scheduling": True,
+        "insert_overlap_deps": True,
+        "compute_estimator": "analytical",
+        "custom_runtime_estimation": estimate,
+    }
+    bandwidth = patch("torch.utils._runtime_estimation.get_gpu_dram_gbps", lambda: _MEMORY_GBPS)
+    with bandwidth, config.patch({prefix + key: value for key, value in options.items()}):
+        yield
