@@ -38,5 +38,8 @@ def compile_with(
     compiler = base_compiler(base)
     if not ordered or base not in ORDERS_LATER:
         return compiler(module, list(inputs))
-    patches = {"post_grad_custom_pre_pass": inductor_passes(OrderPass())}
+    patches = {
+        "post_grad_custom_pre_pass": inductor_passes(OrderPass()),
+        "reorder_for_locality": False,  # would start each exchange where it is waited for
+    }
     return compiler(module, list(inputs), config_patches=patches)

@@ -92,8 +92,9 @@ class Reading:
 class Readings:
     """Reads regions of one graph."""
 
-    def __init__(self, graph: Graph, training: bool) -> None:
+    def __init__(self, graph: Graph, training: bool, anchors: Sequence[Anchor] = ()) -> None:
         self.graph, self.training = graph, training
+        self._selections = [anchor.node for anchor in anchors]
         self._proved: dict[str, tuple[int | None, int | None, Weighing] | str] = {}
 
     def prove(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> Weighing:
@@ -127,6 +128,10 @@ class Readings:
         positions = [None if n is None else at[n] for n in (weighing.node, weighing.mask)]
         self._proved[key] = (positions[0], positions[1], weighing)
         return weighing
+
+    def next_selection(self, node: Node) -> Node | None:
+        """Where the next layer may begin."""
+        return next((found for found in self._selections if node < found), None)
 
     @cached_property
     def copies(self) -> Copies:
@@ -216,7 +221,8 @@ class _Reader:
         )
 
     def _unrolled(self, num: int, first: Node) -> Iterator[tuple[list[Node], Pairing]]:
-        for nodes in self.readings.copies.of(num, lambda node: first < node):
+        end = self.readings.next_selection(self.selection.node)
+        for nodes in self.readings.copies.of(num, first, end):
             if self.around.what(nodes[0]) in ("mixed", "activation"):
                 pairing = self._paired(nodes)
                 if pairing and any(len(shape(leaf)) > 1 for leaf in pairing.differ):

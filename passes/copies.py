@@ -54,16 +54,16 @@ class Copies:
         args, kwargs = map_arg((tuple(args), node.kwargs), lambda n: _Colour(self.colours[n]))
         return node.op, node.target, repr(args), repr(kwargs)
 
-    def of(self, num: int, after: Callable[[Node], bool]) -> Iterator[list[Node]]:
-        """Floating tensors of matrices of rows, ``num`` alike, all ``after`` some point."""
+    def of(self, num: int, first: Node, end: Node | None) -> Iterator[list[Node]]:
+        """Floating tensors of matrices of rows, ``num`` alike, all behind ``first``: those that
+        begin before ``end``, deepest first, then the others."""
         found = [
             nodes
             for nodes in self.classes.values()
             if len(nodes) == num and nodes[0].op == "call_function" and _is_rows(nodes[0])
         ]
-        for nodes in reversed(found):
-            if after(nodes[0]):
-                yield nodes
+        behind = [nodes for nodes in reversed(found) if first < nodes[0]]
+        yield from sorted(behind, key=lambda nodes: end is not None and end < nodes[0])
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,12 @@ class GraphCosts:
         link: Link = known(group, device)
         return link.seconds(self.bytes(rows) * (world - 1) / world, in_flight=2) / 2
 
+    def base(self, node: Node) -> Node:
+        """The node whose storage ``node`` shows."""
+        while node.target in _VIEWS and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
     def bytes(self, node: Node) -> int:
         """Of a node's result."""
         if node not in self._sizes:

@@ -48,8 +48,8 @@ def overlap(graph: Graph, pinned: bool = False) -> bool:
     changed = False
     for span in spans:
         wanted = schedule(span, costs)
-        sizes = {node: costs.bytes(node) for node in span}
-        if peak_bytes(wanted, sizes) > MEMORY * peak_bytes(span, sizes):
+        before, after = (peak_bytes(order, costs.bytes, costs.base) for order in (span, wanted))
+        if after > MEMORY * before:
             wanted = span
         if wanted != span:
             changed = True

@@ -57,8 +57,9 @@ class Recognise(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         routers: RouterCache = {}
         refusals: list[tuple[Anchor, Refusal]] = []
-        readings = Readings(module.graph, context.training)
-        for anchor in find_anchors(module.graph):
+        anchors = find_anchors(module.graph)
+        readings = Readings(module.graph, context.training, anchors)
+        for anchor in anchors:
             if anchor.node in context.claimed:
                 continue
             try:

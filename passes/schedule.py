@@ -18,7 +18,7 @@ So what leads to the next exchange is done first, and what leads to none fills t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,19 +164,24 @@ def _stages(nodes: Sequence[Node], needs: dict[Node, set[Node]]) -> dict[Node, i
     return stages
 
 
-def peak_bytes(order: Sequence[Node], sizes: dict[Node, int]) -> int:
-    """The most bytes of ``order``'s results that are alive at once; a start's includes what it
-    receives. Views are counted as if they were copies, in every order alike."""
-    last = {source: node for node in order for source in (*node.all_input_nodes, node)}
-    ends: dict[Node, list[Node]] = {}
-    for node, end in last.items():
-        ends.setdefault(end, []).append(node)
+def peak_bytes(
+    order: Sequence[Node], sizes: Callable[[Node], int], base: Callable[[Node], Node]
+) -> int:
+    """The most bytes of ``order``'s results that are alive at once; what is read outside stays to
+    the end. sizes: of a node's own storage; base: the node whose storage a view shows."""
+    ends: dict[Node, int] = {}
+    inside = set(order)
+    for at, node in enumerate(order):
+        for read in (node, *node.all_input_nodes):
+            ends[base(read)] = at
+        if not inside.issuperset(node.users):
+            ends[base(node)] = len(order)
+    gone: dict[int, int] = {}
     alive = peak = 0
-    for node in order:
-        alive += sizes.get(node, 0)
+    for at, node in enumerate(order):
+        if base(node) is node:
+            alive += sizes(node)
+            gone[ends[node]] = gone.get(ends[node], 0) + sizes(node)
         peak = max(peak, alive)
-        for gone in ends.get(node, ()):
-            if any(user not in last for user in gone.users):
-                continue  # read outside
-            alive -= sizes.get(gone, 0)
+        alive -= gone.pop(at, 0)
     return peak

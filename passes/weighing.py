@@ -15,6 +15,7 @@ Pseudo-code::
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -94,9 +95,11 @@ def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: boo
         if missed is None or samples.got_further(miss, missed):
             missed = miss
     assert missed is not None
+    error = missed[0]
+    differs = f"relative difference {error:.1e}" if math.isfinite(error) else "another shape"
     raise Refusal(
-        "the result is not the weighted sum of the experts' rows: relative difference "
-        f"{missed[0]:.1e} at the least, with {missed[1]}",
+        f"the result is not the weighted sum of the experts' rows: {differs} at the least, "
+        f"with {missed[1]}",
         trials.result,
         6,
     )
