@@ -150,7 +150,6 @@ def sides(module: GraphModule, node: Node) -> tuple[set[Node], set[Node]]:
 IMPURE = {
     "copy into an input": lambda module, tokens: (aten.copy_.default, tokens, tokens),
     "gradient mode": lambda module, tokens: (torch._C._set_grad_enabled, False),
-    "random numbers": lambda module, tokens: (aten.bernoulli.p, tokens, 0.5),
 }
 
 
