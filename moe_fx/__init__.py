@@ -15,6 +15,7 @@ require_supported_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
 from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
+from moe_fx.estimate import inductor_runtime_estimation  # noqa: E402
 from moe_fx.explain import explain  # noqa: E402
 from moe_fx.graph_pass import MoEPass  # noqa: E402
 from moe_fx.options import Options  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "Verification",
     "expert_parameter_bytes",
     "explain",
+    "inductor_runtime_estimation",
     "ops",
     "shard_experts",
 ]

@@ -44,7 +44,7 @@ _VIEWS = (
     aten.alias.default,
     aten.detach.default,
 )
-_MATMULS: dict[Any, tuple[int, int]] = {
+MATMULS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.linear.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -56,9 +56,17 @@ _MATMULS: dict[Any, tuple[int, int]] = {
 }
 
 
+_SENT: dict[Any, int] = {
+    ops.wait.default: 1,
+    ops.wait_after.default: 1,
+    torch.ops._c10d_functional.all_to_all_single.default: 0,
+}
+"""Op whose result holds received rows -> position of the rows sent."""
+
+
 def is_heavy(node: Node) -> bool:
     """Worth its place in an order: a matrix product, or an op that no compiler fuses."""
-    if node.target in _MATMULS:
+    if node.target in MATMULS:
         return True
     return getattr(node.target, "namespace", "aten") not in ("aten", "prims")
 
@@ -79,7 +87,7 @@ class GraphCosts:
         if not tensors or node.target in (ops.wait.default, ops.wait_after.default):
             return 0.0
         device = tensors[0].device
-        if node.target in _MATMULS:
+        if node.target in MATMULS:
             return self._matmul(node, measured(device, tensors[0].dtype))
         if node.target in (ops.all_to_all.default, ops.split_sizes.default):
             return 0.0
@@ -128,8 +136,8 @@ class GraphCosts:
             pairs = math.prod(map(self.size, keys.meta["val"].shape))
             for piece in val[0]:
                 self._note(piece, pairs // len(val[0]))
-        elif node.target in (ops.wait.default, ops.wait_after.default) and val is not None:
-            sent: Any = node.args[1]
+        elif node.target in _SENT and val is not None:
+            sent: Any = node.args[_SENT[node.target]]
             self._note(val, self.size(sent.meta["val"].shape[0]))
 
     def _note(self, rows: Tensor, count: int) -> None:
@@ -137,7 +145,7 @@ class GraphCosts:
             self.rows.setdefault(symbol, count)
 
     def _matmul(self, node: Node, compute: Compute) -> float:
-        left, right = (node.args[at] for at in _MATMULS[node.target])
+        left, right = (node.args[at] for at in MATMULS[node.target])
         separate = len(right) if isinstance(right, list) else 0
         rows = self._dims(left)
         weight = self._dims(right[0] if isinstance(right, list) else right)

@@ -36,10 +36,6 @@ TITLES: dict[str, str] = {
 OURS = (*(f"chunks{n}" for n in CHUNKS), AUTO)
 PEERS = (HF_EAGER, HF_COMPILED, INDUCTOR, INDUCTOR_COST)
 
-COST_CALLBACK = "inductor_runtime_estimation"
-"""The attribute of moe_fx that makes, for a process group, a callback for Inductor's
-``custom_runtime_estimation`` (a node to milliseconds, or None for no opinion)."""
-
 _MEMORY_GBPS = 10.0
 
 
@@ -70,7 +66,7 @@ def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Mod
         module = _hugging_face(block())
         return Program(module, torch.compile(module) if name == HF_COMPILED else module)
     if name in (INDUCTOR, INDUCTOR_COST):
-        estimate = cost_callback() if name == INDUCTOR_COST else None
+        estimate = moe_fx.inductor_runtime_estimation() if name == INDUCTOR_COST else None
         functional.register()
         program = _ours(sharded(), UNOVERLAPPED, functional.BACKEND)
         program.compiling = lambda: _overlap_scheduling(estimate)
@@ -91,13 +87,6 @@ def overlap_option(name: str) -> dict[str, Any]:
 def supported(name: str) -> bool:
     """This moe_fx has what the variant of ours needs."""
     return name in (COMPUTE, UNOVERLAPPED) or "overlap" in moe_fx.Options.model_fields
-
-
-def cost_callback() -> Callable[[Any], float | None]:
-    factory = getattr(moe_fx, COST_CALLBACK, None)
-    if factory is None:
-        raise CannotRun(f"this moe_fx has no '{COST_CALLBACK}'")
-    return factory(dist.group.WORLD)
 
 
 def _ours(module: nn.Module, overlap: str, base: str) -> Program:

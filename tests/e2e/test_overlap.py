@@ -1,0 +1,178 @@
+"""Chunked exchanges on two real ranks: the same numbers, their order in emitted code, the plan."""
+
+from __future__ import annotations
+
+import re
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import moe_fx
+from moe_fx import decide
+from moe_fx.errors import RanksDiffer
+from moe_fx.link import Link
+from moe_fx.passes import planner
+from moe_fx.plan import ExchangePlan
+from moe_fx.testing import RankPool
+from tests.passes.graphs import block, relative_error, tokens
+
+EXACT = 1e-6
+SLOW = Link(latency=1e-3, alone=1e-6, busy=6e-7)
+FAST = Link(latency=1e-7, alone=1e-13, busy=1e-13)
+
+
+def results(
+    rank: int, family: str, overlap: int | str, base: str, training: bool = False
+) -> list[Tensor]:
+    """The block's output, and in training the gradients of tokens and of all parameters."""
+    torch._dynamo.reset()
+    module = block(family).requires_grad_(training)
+    values = tokens(1, 9 + 4 * rank, 64, seed=rank).requires_grad_(training)
+    options = {"ep_group": dist.group.WORLD, "overlap": overlap, "base": base}
+    compiled = torch.compile(module, backend="moe_fx", dynamic=True, options=options)
+    with torch.set_grad_enabled(training):
+        out = compiled(values)
+        out = out if isinstance(out, Tensor) else out[0]
+        if not training:
+            return [out]
+        leaves = [values, *module.parameters()]
+        grads = torch.autograd.grad(out.square().sum(), leaves, materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_chunks_by_expert_give_the_same_bits(ranks2: RankPool, family: str) -> None:
+    whole = ranks2.run(results, family, 1, "eager")
+    for chunks in (2, 4):
+        for (found,), (expected,) in zip(
+            ranks2.run(results, family, chunks, "eager"), whole, strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("chunks", [4, 8])
+def test_gradients_of_chunks_are_those_of_the_whole(ranks2: RankPool, chunks: int) -> None:
+    whole = ranks2.run(results, "deepseek_v3", 1, "aot_eager", True)
+    found = ranks2.run(results, "deepseek_v3", chunks, "aot_eager", True)
+    for one, other in zip(whole, found, strict=True):
+        for expected, value in zip(one, other, strict=True):
+            assert relative_error(expected, value) <= EXACT
+
+
+# -- the order -------------------------------------------------------------------------------------
+
+LANDMARKS = {
+    "moe_fx.all_to_all.default(": "start",
+    "moe_fx.wait.default(": "wait",
+    "moe_fx.wait_after.default(": "wait",
+    "moe_fx.grouped_mm.default(": "experts",
+    "moe_fx.grouped_mm_grad_weight.default(": "experts",
+    "extern_kernels.mm(": "product",
+}
+
+
+def landmarks(code: str) -> list[str]:
+    """What the emitted code calls, in order."""
+    calls = []
+    for line in code[code.index("def call(") :].splitlines():
+        if not re.match(r"\s*(buf\d+ = torch|extern_kernels)", line):
+            continue
+        calls += [name for text, name in LANDMARKS.items() if text in line]
+    return calls
+
+
+def emitted(rank: int, family: str, training: bool) -> list[list[str]]:
+    """Of each compiled graph, under a link so slow that all that can be is done meanwhile."""
+    torch._dynamo.reset()
+    module = block(family).requires_grad_(training)
+    values = tokens(1, 16, 64, seed=rank).requires_grad_(training)
+    options = {"ep_group": dist.group.WORLD, "overlap": 4}
+    compiled = torch.compile(module, backend="moe_fx", options=options)
+
+    def step() -> Tensor:
+        out = compiled(values)
+        if training:
+            out.sum().backward()
+        return out
+
+    slow = mock.patch("moe_fx.passes.node_costs.known", lambda group, device: SLOW)
+    uncached = torch._inductor.config.patch(fx_graph_cache=False)
+    with slow, uncached, torch.set_grad_enabled(training):
+        _, codes = run_and_get_code(step)
+    return [landmarks(code) for code in codes]
+
+
+PIPELINE = ["start"] * 4 + ["wait", "experts", "experts", "start"] * 4 + ["wait"] * 4
+
+
+def test_inductor_emits_the_pipeline(ranks2: RankPool) -> None:
+    for (calls,) in ranks2.run(emitted, "qwen3_moe", False):
+        assert [call for call in calls if call != "product"] == PIPELINE
+
+
+def test_shared_experts_are_emitted_where_they_fill_the_waiting(ranks2: RankPool) -> None:
+    for (calls,) in ranks2.run(emitted, "deepseek_v3", False):
+        first_wait = calls.index("wait")
+        assert calls[:first_wait].count("product") == 4  # the router and the shared expert
+        assert [call for call in calls if call != "product"] == PIPELINE
+
+
+@pytest.mark.slow
+def test_the_backward_is_a_pipeline_too(ranks2: RankPool) -> None:
+    for forward, backward in ranks2.run(emitted, "qwen3_moe", True):
+        assert [call for call in forward if call != "product"] == PIPELINE
+        first_wait = backward.index("wait")
+        assert backward[:first_wait].count("start") == 4
+        rest = [call for call in backward[first_wait:] if call in ("start", "wait")]
+        assert rest == ["wait", "start"] * 4 + ["wait"] * 4
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def planned(rank: int, link: Link) -> ExchangePlan:
+    torch._dynamo.reset()
+    decide._decided.clear()
+    reports: list[moe_fx.Report] = []
+    group = dist.new_group()
+    options = {"ep_group": group, "base": "eager", "on_report": reports.append}
+    compiled = torch.compile(block("qwen3_moe"), backend="moe_fx", options=options)
+    with (
+        mock.patch.object(planner, "link_of", lambda *_: link),
+        torch.no_grad(),
+    ):
+        compiled(tokens(1, 64 + rank, 64))
+    return reports[0].plans[0]
+
+
+def test_a_slow_link_is_worth_chunks_and_a_fast_one_is_not(ranks2: RankPool) -> None:
+    slow, fast = (ranks2.run(planned, link) for link in (SLOW, FAST))
+    assert {plan.chunks for plan in fast} == {1}
+    assert slow[0].chunks > 1
+    for first, second in (slow, fast):
+        assert first.predicted == second.predicted
+        assert first.chunks == second.chunks
+    assert slow[0].predicted.seconds < slow[0].predicted.unoverlapped
+
+
+def decided(rank: int, late: bool) -> str:
+    group = dist.new_group()
+    if late and rank == 0:
+        return ""
+    try:
+        return str(decide.decide(group, "a layer", lambda: {"by": rank}, timeout=0.5))
+    except RanksDiffer as error:
+        return str(error)
+
+
+def test_the_first_rank_decides_for_all(ranks2: RankPool) -> None:
+    assert ranks2.run(decided, False) == ["{'by': 0}"] * 2
+
+
+def test_a_first_rank_that_never_decides_is_an_error_and_no_hang(ranks2: RankPool) -> None:
+    _, message = ranks2.run(decided, True)
+    assert "waited 0.5 s for rank(s) [0]" in message
