@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_fx.passes.feature_dims import regrouped
 from tests.passes.graphs import captured, relative_error, rewritten_on_ranks, run_ranks, tokens
+from tests.spellings import SPELLINGS
 
 EXPERTS, HIDDEN, WIDTH = 8, 32, 24
 
@@ -133,3 +134,26 @@ def test_a_reshape_keeps_rows_and_features_apart(
     expected: tuple[bool, ...] | None,
 ) -> None:
     assert regrouped(before, features, after) == expected
+
+
+class Normed(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.layer(F.layer_norm(x, x.shape[-1:]))
+
+
+@pytest.mark.parametrize("name", ["masked_loop", "dense_einsum", "gpt_fast", "gshard"])
+def test_every_layer_of_a_deep_model_is_read(name: str) -> None:
+    spelling = SPELLINGS[name]
+    layers = nn.Sequential(*(Normed(spelling.build()) for _ in range(4)))
+    case = captured(layers, spelling.tokens())
+    graphs, report = rewritten_on_ranks(case.module, 2)
+    assert graphs is not None and report.declined == []
+    assert [region.verified for region in report.regions] == [True] * 4
+    inputs = [case.other_inputs(seed=20 + rank) for rank in range(2)]
+    with torch.no_grad():
+        expected = [case.module(*values) for values in inputs]
+    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
