@@ -31,12 +31,11 @@ from functools import cached_property
 from itertools import islice
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.compat import FakeValues
 from moe_fx.passes.anchors import Anchor, select
-from moe_fx.passes.copies import Copies, Pairing, paired
+from moe_fx.passes.copies import Copies, Pairing
 from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
@@ -44,21 +43,18 @@ from moe_fx.passes.roles import (
     NoExperts,
     Refusal,
     Selection,
-    argument,
-    is_integer,
     is_pointwise,
     same,
     shape,
     tensor_inputs,
-    value,
 )
 from moe_fx.passes.row_layout import RowLayout
-from moe_fx.passes.selectors import is_lookup_of_ids
+from moe_fx.passes.selected_ids import ids_of, selections
 from moe_fx.passes.shared_ids import shared_by_rows
 from moe_fx.passes.split_sum import split_sum
+from moe_fx.passes.starts import Starts
 from moe_fx.passes.surroundings import (
     Surroundings,
-    inner_selectors,
     is_summed_over_ranks,
     post_dominators,
 )
@@ -69,7 +65,6 @@ aten = torch.ops.aten
 
 _LOOK_AHEAD = 400
 _CANDIDATES = 6
-_CUTS = 4
 
 
 @dataclass(frozen=True)
@@ -144,9 +139,9 @@ class Readings:
     def read(self, anchor: Anchor) -> Reading:
         """The region of ``anchor``'s selection."""
         attempts = Attempts(NoExperts(anchor.node))
-        for selection in _selections(anchor):
+        for selection in selections(anchor):
             with attempts:
-                return _Reader(selection, _ids(anchor, selection), self).read()
+                return _Reader(selection, ids_of(anchor, selection), self).read()
         shared = shared_by_rows(select(anchor), self.values)
         if shared is not None:
             with attempts:
@@ -175,75 +170,17 @@ class _Reader:
     def __init__(self, selection: Selection, ids: Ids, readings: Readings) -> None:
         self.selection, self.ids, self.readings = selection, ids, readings
         self.around = Surroundings(selection)
+        end = readings.next_selection(selection.node)
+        self.starts = Starts(selection, self.around, lambda: readings.copies, end)
         if not self.around.logits:
             raise Refusal("no scores of experts were found above the selection", selection.node, 0)
 
     def read(self) -> Reading:
         attempts = Attempts(NoExperts(self.selection.node))
-        for starts, pairing in self.starts():
+        for starts, pairing in self.starts.found():
             with attempts:
                 return self.read_from(starts, pairing)
         raise attempts.furthest
-
-    # -- where experts are ---------------------------------------------------------------------
-
-    def starts(self) -> Iterator[tuple[list[Node], Pairing]]:
-        first = min(self.around.scored or self.around.logits)
-        stacked = next((n for n in self._from(first) if self._reads_table(n)), None)
-        if stacked is not None:
-            yield [stacked], Pairing()
-        num = self.selection.num_experts
-        if num > 1:
-            yield from islice(self._unrolled(num, first), _CUTS)
-
-    def _from(self, first: Node) -> Iterator[Node]:
-        node = first
-        while node.op != "output":
-            yield node
-            node = node.next
-
-    def _reads_table(self, node: Node) -> bool:
-        if node.op != "call_function" or node in self.around.logits:
-            return False
-        if self.around.what(node) not in ("mixed", "activation"):
-            return False
-        return any(map(self._is_stacked, tensor_inputs(node)))
-
-    def _is_stacked(self, node: Node) -> bool:
-        if self.around.what(node) == "table":
-            return len(shape(node)) > 2
-        dims = shape(node)
-        return (
-            len(dims) > 2
-            and any(same(size, self.selection.num_experts) for size in dims)
-            and value(node).dtype.is_floating_point
-            and self.around.what(node) == "parameter"
-        )
-
-    def _unrolled(self, num: int, first: Node) -> Iterator[tuple[list[Node], Pairing]]:
-        end = self.readings.next_selection(self.selection.node)
-        for nodes in self.readings.copies.of(num, first, end):
-            if self.around.what(nodes[0]) in ("mixed", "activation"):
-                pairing = self._paired(nodes)
-                if pairing and any(len(shape(leaf)) > 1 for leaf in pairing.differ):
-                    yield nodes, pairing
-
-    def _paired(self, nodes: Sequence[Node]) -> Pairing | None:
-        around = self.around
-
-        def outside(node: Node) -> bool:
-            return around.what(node) in ("route", "buffer") or (
-                around.what(node) == "activation" and around.is_above(node)
-            )
-
-        return paired(nodes, outside, lambda node: around.what(node) == "parameter")
-
-    def _copies_of(self, nodes: Sequence[Node]) -> dict[Node, Node | tuple[Node, ...]] | None:
-        """Parameters of nodes that compute the same with every expert's."""
-        if len({self.readings.copies.colours[node] for node in nodes}) != 1:
-            return None
-        pairing = self._paired(nodes)
-        return pairing.differ if pairing and pairing.differ else None
 
     # -- what they are -------------------------------------------------------------------------
 
@@ -341,7 +278,7 @@ class _Reader:
             lambda node: self.around.what(node) == "route",
             lambda node: self.around.what(node) == "parameter",
             pairing.differ,
-            self._copies_of,
+            self.starts.copies_of,
         )
 
     def _cut(self, layout: RowLayout, tokens: list[Node], result: Node) -> Node:
@@ -445,44 +382,3 @@ def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node
         names = ", ".join(node.name for node in found)
         raise Refusal(f"the experts' rows are added to more than one tensor: {names}", result, 4)
     return found[0] if found else None
-
-
-def _selections(anchor: Anchor) -> list[Selection]:
-    """What the anchor may select: of as many experts as there are scores, or as something that it
-    indexes has entries. Several selections of one expert each, one after the other, (GShard's two
-    argmaxes) select that many."""
-    selection = select(anchor)
-    singles = [n for n in inner_selectors(selection) if n.target in _SINGLE]
-    if len(singles) > 1 and all(n.target in _SINGLE for n in anchor.selectors):
-        selection = replace(selection, top_k=len(singles), selectors=tuple(singles), distinct=False)
-    found = [selection]
-    if selection.columns not in (0, selection.num_experts):
-        found.insert(0, replace(selection, num_experts=selection.columns))
-    return found
-
-
-_SINGLE = (aten.max.dim, aten.argmax.default)
-
-
-def _ids(anchor: Anchor, selection: Selection) -> Ids:
-    """The nodes that hold the selected experts, ``[T, K]`` in one or ``[T, 1]`` each."""
-    node = anchor.ids
-    if node is not None and is_integer(node) and _columns(node, selection) == selection.top_k:
-        return Ids((node,))
-    found: list[Node] = []
-    for selector in selection.selectors:
-        if isinstance(value(selector), Tensor) or is_lookup_of_ids(selector):
-            found.append(selector)
-        else:
-            found += [n for n in selector.users if argument(n, 1, "index") == 1]
-    if sum(_columns(n, selection) for n in found) != selection.top_k:
-        raise Refusal("the selected ids are not one matrix", anchor.node, 1)
-    return Ids(tuple(found))
-
-
-def _columns(node: Node, selection: Selection) -> int:
-    dims, lead = shape(node), selection.lead
-    if len(dims) == len(lead):
-        return 1
-    last = dims[-1]
-    return last if isinstance(last, int) else 0

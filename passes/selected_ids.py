@@ -1,0 +1,58 @@
+"""What an anchor may select, and which nodes hold the selected experts: for reading by value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.anchors import Anchor, select
+from moe_fx.passes.roles import Refusal, Selection, argument, is_integer, shape, value
+from moe_fx.passes.selectors import is_lookup_of_ids
+from moe_fx.passes.surroundings import inner_selectors
+from moe_fx.passes.weighing import Ids
+
+aten = torch.ops.aten
+
+
+def selections(anchor: Anchor) -> list[Selection]:
+    """What the anchor may select: of as many experts as there are scores, or as something that it
+    indexes has entries. Several selections of one expert each, one after the other, (GShard's two
+    argmaxes) select that many."""
+    selection = select(anchor)
+    singles = [n for n in inner_selectors(selection) if n.target in _SINGLE]
+    if len(singles) > 1 and all(n.target in _SINGLE for n in anchor.selectors):
+        selection = replace(selection, top_k=len(singles), selectors=tuple(singles), distinct=False)
+    found = [selection]
+    if selection.columns not in (0, selection.num_experts):
+        found.insert(0, replace(selection, num_experts=selection.columns))
+    return found
+
+
+_SINGLE = (aten.max.dim, aten.argmax.default)
+
+
+def ids_of(anchor: Anchor, selection: Selection) -> Ids:
+    """The nodes that hold the selected experts, ``[T, K]`` in one or ``[T, 1]`` each."""
+    node = anchor.ids
+    if node is not None and is_integer(node) and _columns(node, selection) == selection.top_k:
+        return Ids((node,))
+    found: list[Node] = []
+    for selector in selection.selectors:
+        if isinstance(value(selector), Tensor) or is_lookup_of_ids(selector):
+            found.append(selector)
+        else:
+            found += [n for n in selector.users if argument(n, 1, "index") == 1]
+    if sum(_columns(n, selection) for n in found) != selection.top_k:
+        raise Refusal("the selected ids are not one matrix", anchor.node, 1)
+    return Ids(tuple(found))
+
+
+def _columns(node: Node, selection: Selection) -> int:
+    dims, lead = shape(node), selection.lead
+    if len(dims) == len(lead):
+        return 1
+    last = dims[-1]
+    return last if isinstance(last, int) else 0
