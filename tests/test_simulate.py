@@ -28,6 +28,7 @@ def graph_of_a_layer(group: str, world: int) -> GraphModule:
     rows, counts, shard = (graph.placeholder(name) for name in ("rows", "counts", "shard"))
     received = call(ops.exchange_counts.default, (counts, group))
     sizes = call(ops.split_sizes.default, (counts, received))
+    sizes = call(aten.select.int, (sizes, 0, 0))
     send, recv = (call(aten.select.int, (sizes, 0, side)) for side in (0, 1))
     handle = call(ops.all_to_all.default, (rows, send, recv, group))
     arrived = call(ops.wait.default, (handle, rows, send, recv, group))

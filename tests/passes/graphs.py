@@ -138,10 +138,11 @@ def rewritten(
     rank: int = 0,
     verify: str = "compile",
     training: bool = False,
+    overlap: int | str = "off",
 ) -> tuple[GraphModule | None, Report]:
     """(rank's graph, or None if nothing was accepted; what the passes said)."""
     report = Report()
-    options = Options(verify=verify)  # type: ignore[arg-type]
+    options = Options(verify=verify, overlap=overlap)  # type: ignore[arg-type]
     context = passes.Context(options=options, report=report, training=training)
     result = passes.run(module, context, passes.for_ranks(world, rank))
     return (None if result is module else result), report

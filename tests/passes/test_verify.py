@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import resource
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.fx import Node
 
-from moe_fx.passes import rewrite, verify
+from moe_fx.passes import emitter as emitting
+from moe_fx.passes import verify
 from tests.models import build, token_ids
 from tests.passes.graphs import (
     Captured,
@@ -44,12 +46,12 @@ Bug = Callable[[Any, Emit, Any, tuple[Any, ...], dict[str, Any]], Node]
 
 def plant(patch: pytest.MonkeyPatch, bug: Bug) -> None:
     """Every op the rewrite emits goes through ``bug``."""
-    real = rewrite._Emitter.call
+    real = emitting.Emitter.call
 
     def call(self: Any, op: Any, *args: Any, **kwargs: Any) -> Node:
         return bug(self, lambda *a, **k: real(self, *a, **k), op, args, kwargs)
 
-    patch.setattr(rewrite._Emitter, "call", call)
+    patch.setattr(emitting.Emitter, "call", call)
 
 
 def experts_of_the_next_rank(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
@@ -75,7 +77,7 @@ def _as_they_came(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weights_dropped(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
-    if op is ops.unpermute.default:
+    if op in (ops.unpermute.default, ops.unpermute_chunks.default):
         args = (*args[:2], None, *args[3:])
     return emit(op, *args, **kwargs)
 
@@ -160,6 +162,48 @@ def test_a_planted_bug_is_caught_and_the_graph_left_as_it_came(
     assert declined.source
     assert declined.nearest_form == "grouped_mm"
     assert case.module.code == before
+
+
+def weights_of_the_next_slice(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    if op is operator.getitem and args[0].target is aten.split.Tensor:
+        args = (args[0], (args[1] + 1) % emitter.plan.expert_slices)
+    return emit(op, *args, **kwargs)
+
+
+def sorted_by_rank_first(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    return (
+        emit(aten.clone.default, args[0])
+        if op is ops.chunk_keys.default
+        else emit(op, *args, **kwargs)
+    )
+
+
+def chunks_come_back_in_another_order(
+    emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any
+) -> Node:
+    if op is ops.unpermute_chunks.default:
+        args = (args[0][::-1], *args[1:])
+    return emit(op, *args, **kwargs)
+
+
+CHUNK_BUGS = (
+    weights_of_the_next_slice,
+    sorted_by_rank_first,
+    chunks_come_back_in_another_order,
+    weights_dropped,
+    regroup_skipped,
+)
+
+
+@pytest.mark.parametrize("bug", CHUNK_BUGS, ids=lambda bug: bug.__name__)
+def test_a_bug_in_chunks_is_caught(
+    monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
+) -> None:
+    assert rewritten(case.module, 2, overlap=2)[0] is not None
+    plant(monkeypatch, bug)
+    graph, report = rewritten(case.module, 2, overlap=2)
+    assert graph is None
+    assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
 
 
 @pytest.mark.parametrize("bug", [offsets_off_by_one, weights_dropped], ids=lambda b: b.__name__)
