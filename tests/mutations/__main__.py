@@ -63,16 +63,12 @@ BY_VALUE = {
     f"{name} {SPELLINGS[name].dispatch.replace(' ', '_')}": _spelled(name)
     for name in (
         "gpt_fast",
-        "gathered_one_hot",
-        "torchtitan_grouped_before",
         "torchtitan_for_loop",
         "classic_mixtral",
         "masked_loop",
         "dense_einsum",
         "llama4_before",
-        "gpt_oss_dense",
         "gshard_drops",
-        "padded_slots",
         "switch_masked",
     )
 }
