@@ -21,7 +21,8 @@ collectives = torch.ops._c10d_functional
 
 
 def register() -> None:
-    register_backend(functional_inductor, name=BACKEND)
+    if BACKEND not in torch.compiler.list_backends(exclude_tags=()):
+        register_backend(functional_inductor, name=BACKEND)
 
 
 def functional_inductor(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
