@@ -40,6 +40,9 @@ def compile_with(
         return compiler(module, list(inputs))
     patches = {
         "post_grad_custom_pre_pass": inductor_passes(OrderPass()),
-        "reorder_for_locality": False,  # would start each exchange where it is waited for
+        # The first would start each exchange where it is waited for, the second do the filling
+        # before anything is started.
+        "reorder_for_locality": False,
+        "reorder_for_peak_memory": False,
     }
     return compiler(module, list(inputs), config_patches=patches)

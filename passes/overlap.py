@@ -11,7 +11,7 @@ Pseudo-code::
     between two nodes that write:
         wanted = schedule(nodes, costs)
         if it takes more than `MEMORY` times the memory of the order that is there: leave that
-        pinned: wait -> wait_after(..., what was placed since the last wait and nothing needs since)
+        pinned: wait -> wait_after(..., the last wait and what was placed since, unless implied)
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _pin(order: Sequence[Node]) -> bool:
                 node.args = (*given[:6], after)
                 node.kwargs = {}
                 changed = True
-            since = []
+            since = [node]
         elif node.target in STARTS or is_heavy(node):
             since.append(node)
     return changed
