@@ -110,7 +110,7 @@ class Surroundings:
         if gather_of(node) is not None:
             return "parameter"
         if node.op != "call_function":
-            return "activation" if self._is_unscored_input(node) else "parameter"
+            return "activation" if self._is_unscored(node) else "parameter"
         sources = tensor_inputs(node)
         kinds = {self._what[n] for n in sources}
         if not kinds or kinds == {"buffer"}:
@@ -125,7 +125,8 @@ class Surroundings:
         if "route" in kinds:
             looked_up = any(self._what[n] == "parameter" and _is_table(n) for n in sources)
             return "table" if looked_up else "route"
-        return "activation" if "activation" in kinds else "parameter"
+        computed = len(sources) > 1 and self._is_unscored(node)
+        return "activation" if computed or "activation" in kinds else "parameter"
 
     def is_above(self, node: Node) -> bool:
         """Whether the logits are computed from ``node``."""
@@ -143,8 +144,9 @@ class Surroundings:
             and _leads(dims, self.selection)
         )
 
-    def _is_unscored_input(self, node: Node) -> bool:
-        """An input of the graph with a row per token, where no logits tell what the tokens are."""
+    def _is_unscored(self, node: Node) -> bool:
+        """A row per token, where no logits tell what the tokens are: an input of the graph, or
+        computed from several."""
         dims, lead = shape(node), self.selection.lead or (self.selection.num_tokens,)
         if not dims or self.scored or not isinstance(value(node), Tensor):
             return False
