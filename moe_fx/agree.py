@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -82,17 +82,7 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
     store = group_store(group)
     place = _published[group.group_name].index(text)
     keys = [_key(group, rank, place) for rank in range(group.size())]
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError:  # what a time-out is called differs from store to store
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if not missing:
-            raise
-        raise RanksDiffer(
-            f"Rank {group.rank()} has compiled MoE graph {place + 1} and waited {timeout:g} s for "
-            f"rank(s) {missing} of the expert-parallel group to compile theirs. Every rank must "
-            "compile and run the same model; look for an error there, or raise agree_timeout."
-        ) from None
+    wait_for(group, dict(enumerate(keys)), timeout, f"has compiled MoE graph {place + 1}")
     differing = {
         rank: theirs for rank, key in enumerate(keys) if (theirs := store.get(key).decode()) != text
     }
@@ -105,6 +95,28 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
             "the same model, options and mode (training or inference)."
         )
     _agreed.add((group.group_name, text))
+
+
+def wait_for(group: dist.ProcessGroup, keys: Mapping[int, str], timeout: float, doing: str) -> None:
+    """Until each rank of ``keys`` has set its key in the group's store; `RanksDiffer` after
+    ``timeout`` seconds. doing: what this rank does ("has compiled ...") and expects of them."""
+    store = group_store(group)
+    try:
+        store.wait(list(keys.values()), timedelta(seconds=timeout))
+    except RuntimeError:  # what a time-out is called differs from store to store
+        missing = [rank for rank, key in keys.items() if not store.check([key])]
+        if not missing:
+            raise
+        raise RanksDiffer(
+            f"Rank {group.rank()} {doing} and waited {timeout:g} s for rank(s) {missing} of the "
+            "expert-parallel group to do the same. Every rank must compile and run the same model; "
+            "look for an error there, or raise agree_timeout."
+        ) from None
+
+
+def store_key(group: dist.ProcessGroup, what: str) -> str:
+    digest = hashlib.sha256(group.group_name.encode()).hexdigest()[:12]
+    return f"moe_fx/{digest}/{what}"
 
 
 def _difference(text: str, other: str) -> str:
@@ -120,5 +132,4 @@ def _difference(text: str, other: str) -> str:
 
 
 def _key(group: dist.ProcessGroup, rank: int, place: int) -> str:
-    digest = hashlib.sha256(group.group_name.encode()).hexdigest()[:12]
-    return f"moe_fx/plans/{digest}/{rank}/{place}"
+    return store_key(group, f"plans/{rank}/{place}")

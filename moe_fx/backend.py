@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.options import Options, parse_options
-from moe_fx.order import ORDERS_LATER, compile_with
+from moe_fx.order import ORDERS_LATER, compile_ordered
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
@@ -45,7 +46,10 @@ def moe_fx_backend(
     if parsed.strict:
         _check_strict(report)
     ordered = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
-    compiled = compile_with(parsed.base, rewritten, example_inputs, ordered)
+    if ordered:
+        compiled = compile_ordered(rewritten, example_inputs, parsed)
+    else:
+        compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
     groups = {plan.group_name for plan in report.plans if plan.exchanges}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)

@@ -6,8 +6,8 @@ they were queued. A layer is a pipeline over its pieces::
     prepare; exchange counts; queue every dispatch
     for each piece: wait for its rows; run its experts; queue its combine
     wait for the combines; finish
-    whenever the compute thread would wait, it does filler work first; what is left of the filler
-    runs at the end
+
+Work that depends on neither side (a shared expert) is left out: it fills what this leaves exposed.
 
 Against measurements (two Gloo hosts at 150 Mbit/s, 16 experts, k 4, 1024 tokens, fp32, one thread a
 rank, 1, 2, 4 and 8 expert slices; quietest of 6 or 7 runs on a shared machine): within 10 % for
@@ -18,13 +18,13 @@ Training adds the same pipeline with twice the matrix products (gradients of row
 
 ::
 
-    best, predictions = choose(layer, link, compute, [Choice("alltoall", n) for n in (1, 2, 4)])
+    best, predictions = choose(layer, link, compute, [Choice(n) for n in (1, 2, 4)])
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,7 +34,6 @@ from moe_fx.rates import Compute
 
 __all__ = ["Choice", "Layer", "Prediction", "choose", "predict"]
 
-STRATEGIES = ("alltoall", "padded_alltoall", "allgather", "gather_weights")
 WORTHWHILE = 0.02
 """Share of a layer's time that more pieces must save to be chosen."""
 
@@ -44,10 +43,9 @@ class Layer:
     """One MoE layer as one rank sees it.
 
     tokens: T, of this rank. matmuls: (D, N) of each matrix product of an expert, in order.
-    dispatch_bytes, combine_bytes: of a row on its way to its expert, and back. filler_seconds: of
-    work that depends on neither (a shared expert), forward; the backward has twice as much.
-    skew: rows of the busiest rank over the mean (1.1: routers trained for balance; 1.0: even); all
-    wait for the busiest. capacity_factor: rows sent over rows routed, for padded exchanges.
+    dispatch_bytes, combine_bytes: of a row on its way to its expert, and back. skew: rows of the
+    busiest rank over the mean (1.1: routers trained for balance; 1.0: even); all wait for the
+    busiest.
     """
 
     tokens: int
@@ -58,10 +56,8 @@ class Layer:
     dtype: torch.dtype
     dispatch_bytes: float
     combine_bytes: float
-    filler_seconds: float = 0.0
     training: bool = False
     skew: float = 1.1
-    capacity_factor: float = 1.25
 
     def __post_init__(self) -> None:
         if self.world_size < 2 or self.num_experts % self.world_size:
@@ -82,10 +78,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Choice:
-    """strategy: one of `STRATEGIES`. The exchange is cut into ``expert_slices * token_slices``
-    pieces: by experts each GEMM stays whole, by tokens each piece has rows of every expert."""
+    """The exchange is cut into ``expert_slices * token_slices`` pieces: by experts each GEMM stays
+    whole, by tokens each piece has rows of every expert."""
 
-    strategy: str
     expert_slices: int = 1
     token_slices: int = 1
 
@@ -96,16 +91,12 @@ class Choice:
     def legal(self, layer: Layer) -> bool:
         if self.expert_slices < 1 or not 1 <= self.token_slices <= max(1, layer.tokens):
             return False
-        if self.strategy in ("alltoall", "padded_alltoall"):
-            return layer.local_experts % self.expert_slices == 0
-        if self.strategy == "allgather":
-            return self.expert_slices == 1
-        return self.strategy == "gather_weights" and self.pieces == 1
+        return layer.local_experts % self.expert_slices == 0
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds. compute: of the compute thread, filler included. exchange: of the link. exposed: of
+    """Seconds. compute: of the compute thread. exchange: of the link. exposed: of
     exchange behind which nothing was computed. ``seconds == compute + exposed``."""
 
     seconds: float
@@ -118,52 +109,31 @@ class Prediction:
         return Prediction(*(a + b for a, b in pairs))
 
 
-def predict(
-    layer: Layer,
-    link: Link,
-    compute: Compute,
-    strategy: str,
-    expert_slices: int = 1,
-    token_slices: int = 1,
-) -> Prediction:
+def predict(layer: Layer, link: Link, compute: Compute, choice: Choice) -> Prediction:
     """The time of one pass (training: forward and backward) of ``layer`` on the busiest rank.
 
     ``ValueError`` if the layer can't be run that way. Ignored: own rows' way through the exchange,
     the routing itself (the same for all), the network's own use of the processor.
     """
-    choice = Choice(strategy, expert_slices, token_slices)
     if not choice.legal(layer):
         raise ValueError(f"{choice} does not fit {layer}")
-    pipeline = _PIPELINES[strategy]
-    forward = simulate(pipeline(layer, compute, choice, False), link, layer.filler_seconds)
+    forward = simulate(_pipeline(layer, compute, choice, False), link)
     if not layer.training:
         return forward
-    backward = pipeline(layer, compute, choice, True)
-    return forward + simulate(backward, link, 2 * layer.filler_seconds)
+    return forward + simulate(_pipeline(layer, compute, choice, True), link)
 
 
 def choose(
-    layer: Layer,
-    link: Link,
-    compute: Compute,
-    candidates: Sequence[Choice],
-    agree: Callable[[list[float]], list[float]] = list,
+    layer: Layer, link: Link, compute: Compute, candidates: Sequence[Choice]
 ) -> tuple[Choice, list[Prediction]]:
     """The best candidate, and what is predicted for each, in the order given.
 
     Fewer pieces unless more save over 2 % (`WORTHWHILE`) of the time; then the fastest; then the
-    first. ``agree``: what turns this rank's numbers into the group's (`moe_fx.link.agreed`), so
-    that every rank gets bitwise the same predictions and the same choice; called once.
+    first.
     """
     if not candidates:
         raise ValueError("no candidates to choose from")
-    own = [
-        predict(layer, link, compute, c.strategy, c.expert_slices, c.token_slices)
-        for c in candidates
-    ]
-    width = len(fields(Prediction))
-    numbers = agree([getattr(p, f.name) for p in own for f in fields(p)])
-    predictions = [Prediction(*numbers[at : at + width]) for at in range(0, len(numbers), width)]
+    predictions = [predict(layer, link, compute, candidate) for candidate in candidates]
     fastest = min(p.seconds for p in predictions)
     near = [i for i, p in enumerate(predictions) if fastest >= p.seconds * (1 - WORTHWHILE)]
     best = min(near, key=lambda i: (candidates[i].pieces, predictions[i].seconds, i))
@@ -176,24 +146,21 @@ def choose(
 @dataclass(frozen=True)
 class Pipeline:
     """Seconds of compute before, per piece and after; bytes a rank sends to others per piece, on
-    the way to the experts and back (None: nothing is exchanged). ``counts``: the sizes must be
-    exchanged first."""
+    the way to the experts and back."""
 
     before: float
-    dispatch: float | None
+    dispatch: float
     work: float
-    combine: float | None
+    combine: float
     after: float
     pieces: int = 1
-    counts: bool = False
 
 
-def simulate(pipeline: Pipeline, link: Link, filler: float = 0.0) -> Prediction:
+def simulate(pipeline: Pipeline, link: Link) -> Prediction:
     wire = _Wire(link)
-    clock = _Clock(wire, filler)
+    clock = _Clock(wire)
     clock.work(pipeline.before)
-    if pipeline.counts:
-        clock.wait(wire.queue(0.0))
+    clock.wait(wire.queue(0.0))  # the counts
     indices = range(pipeline.pieces)
     arrivals = [wire.queue(pipeline.dispatch) for _ in indices]
     returns = []
@@ -203,7 +170,7 @@ def simulate(pipeline: Pipeline, link: Link, filler: float = 0.0) -> Prediction:
         returns.append(wire.queue(pipeline.combine))
     for number in returns:
         clock.wait(number)
-    clock.work(clock.filler + pipeline.after)
+    clock.work(pipeline.after)
     return Prediction(clock.busy + clock.waited, clock.busy, wire.busy, clock.waited)
 
 
@@ -217,11 +184,10 @@ class _Wire:
         self.queued = self.done = 0
         self.busy = 0.0
 
-    def queue(self, num_bytes: float | None) -> int:
-        """The number of the exchange (of the last one, for None)."""
-        if num_bytes is not None:
-            self.pending.append([self.link.latency, num_bytes])
-            self.queued += 1
+    def queue(self, num_bytes: float) -> int:
+        """The number of the exchange."""
+        self.pending.append([self.link.latency, num_bytes])
+        self.queued += 1
         return self.queued
 
     def left(self) -> float:
@@ -253,8 +219,8 @@ class _Wire:
 class _Clock:
     """The compute thread."""
 
-    def __init__(self, wire: _Wire, filler: float) -> None:
-        self.wire, self.filler = wire, filler
+    def __init__(self, wire: _Wire) -> None:
+        self.wire = wire
         self.busy = self.waited = 0.0
 
     def work(self, seconds: float) -> None:
@@ -262,90 +228,30 @@ class _Clock:
         self.wire.run(seconds)
 
     def wait(self, number: int) -> None:
-        """For that exchange, doing filler work while there is some."""
         while self.wire.done < number:
-            left = self.wire.serve()
-            filled = min(left, self.filler)
-            self.filler -= filled
-            self.busy += filled
-            self.waited += left - filled
+            self.waited += self.wire.serve()
 
 
-# -- the strategies as pipelines -------------------------------------------------------------------
+# -- a layer as a pipeline -------------------------------------------------------------------------
 
 
-def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
+def _pipeline(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
     """Rows go to the ranks of their experts: permute, (regroup, experts, regroup), join, sum."""
-    return _row_exchange(layer, compute, choice, backward, layer.skew, 1.0, counts=True)
-
-
-def _padded_alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
-    """The same with ``capacity_factor`` rows for every expert, filled or not: no sizes needed."""
-    factor = layer.capacity_factor
-    return _row_exchange(layer, compute, choice, backward, factor, factor, counts=False)
-
-
-def _row_exchange(
-    layer: Layer,
-    compute: Compute,
-    choice: Choice,
-    backward: bool,
-    received: float,
-    sent: float,
-    counts: bool,
-) -> Pipeline:
-    """``received``, ``sent``: rows over T * k."""
-    rows = layer.rows * received / choice.pieces
+    rows = layer.rows * layer.skew / choice.pieces
     travelling = rows * (layer.world_size - 1) / layer.world_size
     experts = layer.local_experts // choice.expert_slices
     work = _experts(layer, compute, rows, experts, backward)
     work += compute.copy_seconds(rows * (layer.dispatch_bytes + layer.combine_bytes))
-    returned = layer.rows * sent * layer.combine_bytes
+    returned = layer.rows * layer.combine_bytes
+    joined = compute.copy_seconds(returned) if choice.pieces > 1 else 0.0
     return Pipeline(
-        before=compute.copy_seconds(layer.rows * sent * layer.dispatch_bytes),
+        before=compute.copy_seconds(layer.rows * layer.dispatch_bytes),
         dispatch=travelling * layer.dispatch_bytes,
         work=work + compute.piece_seconds(),
         combine=travelling * layer.combine_bytes,
-        after=_join(compute, returned, choice) + compute.copy_seconds(2 * returned),
-        pieces=choice.pieces,
-        counts=counts,
-    )
-
-
-def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
-    """All tokens go to all ranks; each rank runs the rows routed to its experts and adds them up
-    by token; the partial sums are reduce-scattered."""
-    rows = layer.rows * layer.skew / choice.pieces
-    tokens = layer.tokens / choice.pieces
-    work = _experts(layer, compute, rows, layer.local_experts, backward)
-    work += compute.copy_seconds(rows * (layer.dispatch_bytes + layer.combine_bytes))
-    work += compute.copy_seconds(tokens * layer.world_size * layer.combine_bytes)
-    return Pipeline(
-        before=0.0,
-        dispatch=tokens * (layer.world_size - 1) * layer.dispatch_bytes,
-        work=work + compute.piece_seconds(),
-        combine=tokens * (layer.world_size - 1) * layer.combine_bytes,
-        after=_join(compute, layer.tokens * layer.combine_bytes, choice),
+        after=joined + compute.copy_seconds(2 * returned),
         pieces=choice.pieces,
     )
-
-
-def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
-    """Rows stay; weights are gathered (and, in the backward, their gradients scattered)."""
-    others = layer.num_experts - layer.local_experts
-    weights = float(others * sum(d * n for d, n in layer.matmuls) * layer.dtype.itemsize)
-    return Pipeline(
-        before=compute.copy_seconds(layer.rows * layer.dispatch_bytes),
-        dispatch=None if backward else weights,
-        work=_experts(layer, compute, layer.rows, layer.num_experts, backward),
-        combine=weights if backward else None,
-        after=compute.copy_seconds(2 * layer.rows * layer.combine_bytes),
-    )
-
-
-_PIPELINES = dict(
-    zip(STRATEGIES, (_alltoall, _padded_alltoall, _allgather, _gather_weights), strict=True)
-)
 
 
 def _experts(layer: Layer, compute: Compute, rows: float, experts: int, backward: bool) -> float:
@@ -355,7 +261,3 @@ def _experts(layer: Layer, compute: Compute, rows: float, experts: int, backward
     outputs = [n for _, n in layer.matmuls[:-1]]
     activations = compute.copy_seconds(rows * sum(outputs) * layer.dtype.itemsize)
     return (2 if backward else 1) * (gemms + activations)
-
-
-def _join(compute: Compute, num_bytes: float, choice: Choice) -> float:
-    return compute.copy_seconds(num_bytes) if choice.pieces > 1 else 0.0

@@ -73,7 +73,7 @@ class MoEPass(CustomGraphPass):
             self._agree_when_run(result, report)
             splice(module.graph, result, context.origin)
             if self.options.overlap != "off":
-                overlap(module.graph, pinned=True)
+                overlap(module.graph, self.options.overlap_memory, pinned=True)
             if isinstance(graph, GraphModule):
                 graph.recompile()
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_fx.compat import real_tensors
 
-__all__ = ["TYPICAL", "Link", "agreed", "calibrate", "known", "measured_already"]
+__all__ = ["TYPICAL", "Link", "calibrate", "known", "measured_already"]
 
 _SMALLEST = 32 << 10
 """Bytes a rank sends to others in the first exchange timed for its rate."""
@@ -90,19 +90,6 @@ def measured_already(group: dist.ProcessGroup, device: torch.device) -> bool:
 def known(group: dist.ProcessGroup, device: torch.device) -> Link:
     """What `calibrate` found; `TYPICAL` if it was not called. Measures nothing."""
     return _measured.get((group.group_name, device.type), TYPICAL)
-
-
-def agreed(
-    numbers: Sequence[float], group: dist.ProcessGroup, device: torch.device | None = None
-) -> list[float]:
-    """The mean over the group's ranks of each number, bitwise the same on every rank: summed in
-    rank order, whatever the backend's reduction does.
-
-    A collective; every rank must give as many numbers. ``device``: one that the group's backend
-    serves (default: CPU).
-    """
-    gathered = _gathered(numbers, group, device or torch.device("cpu"))
-    return [sum(column) / len(column) for column in zip(*gathered, strict=True)]
 
 
 def _gathered(

@@ -26,6 +26,8 @@ class Options(BaseModel):
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     overlap: into how many chunks the exchange is cut so that it runs beside the experts: a number,
         "auto" (as the cost model says), or "off" (one, waited for at once).
+    overlap_memory: how much more memory than in the captured order the results alive at once may
+        take for the sake of overlap, as a factor.
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """
@@ -37,6 +39,7 @@ class Options(BaseModel):
     verify: Verification = "compile"
     strict: bool = False
     overlap: Overlap | Annotated[int, Field(ge=1)] = "auto"
+    overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
 

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
+from moe_fx.options import Options
 from moe_fx.passes.overlap import overlap
 from moe_fx.sources import SOURCES
 
@@ -24,22 +25,25 @@ ORDERS_LATER = ("inductor",)
 class OrderPass(CustomGraphPass):
     """Orders one graph in place (`moe_fx.passes.overlap`)."""
 
+    def __init__(self, memory: float) -> None:
+        self.memory = memory
+
     def __call__(self, graph: Graph) -> None:
-        overlap(graph, pinned=True)
+        overlap(graph, self.memory, pinned=True)
 
     def uuid(self) -> str:
-        return f"moe_fx.OrderPass {SOURCES} {torch.__version__}"
+        return f"moe_fx.OrderPass {SOURCES} {torch.__version__} {self.memory}"
 
 
-def compile_with(
-    base: str, module: GraphModule, inputs: Sequence[Any], ordered: bool
+def compile_ordered(
+    module: GraphModule, inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
-    """``module`` compiled by ``base``; with ``ordered``, what it runs is ordered for overlap."""
-    compiler = base_compiler(base)
-    if not ordered or base not in ORDERS_LATER:
+    """``module`` compiled by ``options.base``, which orders what it makes of it if it can."""
+    compiler = base_compiler(options.base)
+    if options.base not in ORDERS_LATER:
         return compiler(module, list(inputs))
     patches = {
-        "post_grad_custom_pre_pass": inductor_passes(OrderPass()),
+        "post_grad_custom_pre_pass": inductor_passes(OrderPass(options.overlap_memory)),
         # The first would start each exchange where it is waited for, the second do the filling
         # before anything is started.
         "reorder_for_locality": False,

@@ -54,9 +54,17 @@ class ExchangePlan:
         return self.strategy != "local"
 
     @property
-    def owns_shares(self) -> bool:
-        """A rank computes with its own experts only."""
-        return self.exchanges
+    def summary(self) -> str:
+        """For people: what is done, and what it is expected to take."""
+        if not self.exchanges:
+            return self.strategy
+        text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts"
+        if self.chunks > 1:
+            text += f", in {self.chunks} chunks"
+        if self.predicted is not None:
+            took, alone = self.predicted.seconds, self.predicted.unoverlapped
+            text += f", expected to take {1e3 * took:.3g} ms ({1e3 * alone:.3g} ms in one)"
+        return text
 
     @property
     def chunks(self) -> int:

@@ -31,7 +31,7 @@ _MOST_ROWS_ELSEWHERE = 8192
 _GEMM_BYTES = 32 << 20
 """On the CPU, bytes of rows and weights that a GEMM measurement goes through, so that no cache
 keeps what a layer would have to read. Experts run one by one there: any number of groups costs in
-proportion."""
+proportion, and more columns than fit (an output head) do."""
 _MOST_GEMM_BYTES = 512 << 20
 """Elsewhere, where one kernel runs all groups: bytes above which more groups are taken to cost in
 proportion."""
@@ -59,7 +59,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Compute:
     """Rates of ``device`` for values of ``dtype``. Every number is measured when first asked for,
     in a few to some ten milliseconds, and kept for the process, per device type and dtype.
 
-    Ranks measure different numbers; decide on numbers they have agreed on (`moe_fx.link.agreed`).
+    Ranks measure different numbers: let one decide (`moe_fx.decide`).
     """
     return _Measured(device, dtype)
 
@@ -70,7 +70,7 @@ class _Measured:
 
     def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
         """Between powers of two of rows, interpolated."""
-        if rows <= 0 or groups <= 0:
+        if min(rows, d, n, groups) <= 0:
             return 0.0
         most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
         if rows >= most:
@@ -83,12 +83,14 @@ class _Measured:
         return seconds + (above - seconds) * (rows - below) / below
 
     def _gemm(self, rows: int, d: int, n: int, groups: int) -> float:
-        group_bytes = (d * n + rows * (d + n)) * self.dtype.itemsize
-        if self.device.type == "cpu":
-            held = max(1, _GEMM_BYTES // group_bytes)
-        else:
-            held = min(groups, max(1, _MOST_GEMM_BYTES // group_bytes))
-        return _gemm_seconds(self.device, self.dtype, rows, d, n, held) * groups / held
+        on_cpu = self.device.type == "cpu"
+        most = _GEMM_BYTES if on_cpu else _MOST_GEMM_BYTES
+        width = max(1, min(n, most // (d * self.dtype.itemsize)))
+        group_bytes = (d * width + rows * (d + width)) * self.dtype.itemsize
+        held = max(1, most // group_bytes)
+        held = held if on_cpu else min(groups, held)
+        seconds = _gemm_seconds(self.device, self.dtype, rows, d, width, held)
+        return seconds * (groups / held) * (n / width)
 
     def copy_seconds(self, num_bytes: float) -> float:
         return num_bytes * _copy_seconds_per_byte(self.device)

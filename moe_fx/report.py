@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Report:
         """One line per region and declined candidate, with whole paths: for messages and logs."""
         lines = [f"MoE layers found: {len(self.regions)}, declined: {len(self.declined)}"]
         lines += [f"- {_line(region)}\n  at {region.source}" for region in self.regions]
+        summaries = Counter(plan.summary for plan in self.plans)
+        lines += [f"- {count} planned: {summary}" for summary, count in summaries.items()]
         lines += [
             f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
             + (f", nearest form {d.nearest_form}" if d.nearest_form else "")

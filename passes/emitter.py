@@ -97,7 +97,7 @@ class Emitter:
         gather = gather_of(table)
         if gather is not None:
             return gather.shard
-        if not self.plan.owns_shares:
+        if not self.plan.exchanges:
             return self._ungathered(table)
         if table.op == "call_function" and is_unary_rowwise(table):
             source = table.args[0]

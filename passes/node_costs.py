@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.compat import number, resolve_group, symbols
-from moe_fx.link import Link, known
+from moe_fx.link import known
+from moe_fx.passes.roles import VIEWS
 from moe_fx.rates import Compute, measured
 
 aten = torch.ops.aten
@@ -28,10 +29,8 @@ _UNKNOWN = 64
 UNKNOWN_EXCHANGE = 1e3
 """Seconds: longer than anything that could stand in its way."""
 _VIEWS = (
+    *VIEWS,
     operator.getitem,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
@@ -56,6 +55,8 @@ MATMULS: dict[Any, tuple[int, int]] = {
 }
 
 
+_MEASURED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Other matrix products count as the bytes they read and write."""
 _SENT: dict[Any, int] = {
     ops.wait.default: 1,
     ops.wait_after.default: 1,
@@ -65,10 +66,12 @@ _SENT: dict[Any, int] = {
 
 
 def is_heavy(node: Node) -> bool:
-    """Worth its place in an order: a matrix product, or an op that no compiler fuses."""
+    """Worth its place in an order: a matrix product, or an op that no compiler fuses, with one
+    tensor as result."""
     if node.target in MATMULS:
         return True
-    return getattr(node.target, "namespace", "aten") not in ("aten", "prims")
+    fused = getattr(node.target, "namespace", "aten") in ("aten", "prims")
+    return not fused and isinstance(node.meta.get("val"), Tensor)
 
 
 class GraphCosts:
@@ -87,7 +90,7 @@ class GraphCosts:
         if not tensors or node.target in (ops.wait.default, ops.wait_after.default):
             return 0.0
         device = tensors[0].device
-        if node.target in MATMULS:
+        if node.target in MATMULS and tensors[0].dtype in _MEASURED:
             return self._matmul(node, measured(device, tensors[0].dtype))
         if node.target in (ops.all_to_all.default, ops.split_sizes.default):
             return 0.0
@@ -95,14 +98,15 @@ class GraphCosts:
         return measured(device, torch.float32).copy_seconds(moved / 2)
 
     def exchange(self, node: Node) -> float:
+        """As one of several in flight."""
         rows: Any = node.args[0]
         if "val" not in rows.meta:
             return UNKNOWN_EXCHANGE
         device = rows.meta["val"].device
         group = resolve_group(node.args[3])  # type: ignore[arg-type]
         world = group.size()
-        link: Link = known(group, device)
-        return link.seconds(self.bytes(rows) * (world - 1) / world, in_flight=2) / 2
+        link = known(group, device)
+        return link.latency + self.bytes(rows) * (world - 1) / world * link.busy
 
     def base(self, node: Node) -> Node:
         """The node whose storage ``node`` shows."""

@@ -1,21 +1,24 @@
 """Overlap: start each exchange as early, and wait for it as late, as compute allows.
 
-Contract. In: a graph with dialect ops and ``meta["val"]``. Out: the same nodes in another legal
-order (`schedule.py`), in which waits stand behind what hides them. Nothing moves across a node that
-writes to its inputs. With ``pinned``, each wait also takes, as ``wait_after``, the starts and
-matrix products that stand between it and the wait before: so the order holds in whatever a compiler
-that reorders by dependencies makes of the graph, and no product is fused with what follows a wait.
+Contract. In: a graph with dialect ops. Out: the same nodes in another legal order (`schedule.py`),
+in which waits stand behind what hides them; only nodes with ``meta["val"]`` have costs. Nothing
+moves across a node that writes to its inputs. With ``pinned``, each wait also takes, as
+``wait_after``, the starts and matrix products that stand between it and the wait before: so the
+order holds in whatever a compiler that reorders by dependencies makes of the graph, and no product
+is fused with what follows a wait.
 
 Pseudo-code::
 
     between two nodes that write:
         wanted = schedule(nodes, costs)
-        if it takes more than `MEMORY` times the memory of the order that is there: leave that
+        leave the order that is there if wanted takes as long, or more than ``memory`` times as much
+            memory (said in the log)
         pinned: wait -> wait_after(..., the last wait and what was placed since, unless implied)
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -23,40 +26,56 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.node_costs import GraphCosts, is_heavy
-from moe_fx.passes.schedule import STARTS, WAITS, peak_bytes, schedule
+from moe_fx.passes.schedule import STARTS, WAITS, peak_bytes, schedule, simulate
+
+log = logging.getLogger("moe_fx")
 
 _WAIT_AFTER = torch.ops.moe_fx.wait_after.default
-MEMORY = 1.25
-"""The most memory, over that of the captured order, that the results alive at once may take."""
 
 
 class Overlap(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        changed = context.options.overlap != "off" and overlap(module.graph)
+        options = context.options
+        changed = options.overlap != "off" and overlap(module.graph, options.overlap_memory)
         if changed:
             module.graph.lint()
             module.recompile()
         return PassResult(module, changed)
 
 
-def overlap(graph: Graph, pinned: bool = False) -> bool:
-    """Reorder ``graph`` in place; whether anything changed."""
+def overlap(graph: Graph, memory: float, pinned: bool = False) -> bool:
+    """Reorder ``graph`` in place; whether anything changed. memory: the most bytes alive at once,
+    over those of the order that was."""
     spans = _spans(graph)
     if not spans:
         return False
     costs = GraphCosts(graph)
     changed = False
     for span in spans:
-        wanted = schedule(span, costs)
-        before, after = (peak_bytes(order, costs.bytes, costs.base) for order in (span, wanted))
-        if after > MEMORY * before:
-            wanted = span
-        if wanted != span:
+        wanted = _better(span, costs, memory)
+        if wanted is not span:
             changed = True
             _reorder(span, wanted)
         if pinned:
             changed |= _pin(wanted)
     return changed
+
+
+def _better(span: list[Node], costs: GraphCosts, memory: float) -> list[Node]:
+    wanted = schedule(span, costs)
+    if simulate(wanted, costs).seconds >= simulate(span, costs).seconds:
+        return span
+    before, after = (peak_bytes(order, costs.bytes, costs.base) for order in (span, wanted))
+    if after > memory * before:
+        log.info(
+            "overlap: the faster order of %d nodes would take %.2f times the memory of the "
+            "captured one, more than overlap_memory=%g: left as captured",
+            len(span),
+            after / max(1, before),
+            memory,
+        )
+        return span
+    return wanted
 
 
 def _spans(graph: Graph) -> list[list[Node]]:

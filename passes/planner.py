@@ -74,7 +74,7 @@ def plan_exchange(
     if context.options.overlap == "auto" and context.measures:
         choice, predicted = _cheapest(region, group, context)
         return ExchangePlan(
-            choice.strategy,
+            "alltoall",
             experts,
             local,
             *place,
@@ -92,9 +92,7 @@ def asked(local_experts: int, overlap: str | int) -> tuple[int, int]:
 
 def candidates(local_experts: int) -> list[Choice]:
     """The first is what does nothing."""
-    return list(
-        dict.fromkeys(Choice("alltoall", *slices(local_experts, chunks)) for chunks in CHUNKS)
-    )
+    return list(dict.fromkeys(Choice(*slices(local_experts, chunks)) for chunks in CHUNKS))
 
 
 def _cheapest(

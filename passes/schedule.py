@@ -1,12 +1,12 @@
 """Schedule: an order of pure nodes in which exchanges run beside compute.
 
 Contract. In: nodes in a legal order, and what each costs. Out: the same nodes in a legal order.
-Collectives keep their order, whatever the costs say, so that ranks with other costs agree.
+What may communicate keeps its order, whatever the costs say, so that ranks with other costs agree.
 
 Two resources are simulated: the compute thread, which runs nodes one at a time, and the link, which
 serves exchanges in the order in which they start. Pseudo-code::
 
-    stage of a node = the first collective that needs it (none: last of all)
+    stage of a node = the first that communicates and needs it (none: last of all)
     until all nodes are placed, of those whose inputs are there:
         a start, if there is one: the link is to have work as early as it can
         else the node of the earliest stage that does not have to wait, in the order that was
@@ -126,14 +126,14 @@ def schedule(nodes: Sequence[Node], costs: Costs) -> list[Node]:
 
 
 def _needs(nodes: Sequence[Node]) -> dict[Node, set[Node]]:
-    """Of each node, the nodes that come before it: inputs; for a collective the one before; for an
-    op that draws random numbers the one before."""
+    """Of each node, the nodes that come before it: inputs; for what may communicate the one before;
+    for an op that draws random numbers the one before."""
     inside = set(nodes)
     needs: dict[Node, set[Node]] = {}
     last: dict[str, Node] = {}
     for node in nodes:
         needs[node] = {source for source in node.all_input_nodes if source in inside}
-        chain = "collective" if is_collective(node) else "random" if _is_random(node) else ""
+        chain = "collective" if may_communicate(node) else "random" if _is_random(node) else ""
         if chain:
             if chain in last:
                 needs[node].add(last[chain])
@@ -145,17 +145,17 @@ def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def is_collective(node: Node) -> bool:
-    """Something that every rank must do in the same order."""
+def may_communicate(node: Node) -> bool:
+    """Every rank must do it in the same order: an exchange, and any op of whose kernel nothing is
+    known."""
     if node.target in STARTS or node.target is ops.exchange_counts.default:
         return True
-    namespace = getattr(node.target, "namespace", "")
-    name = getattr(node.target, "__name__", "")
-    return namespace in ("_c10d_functional", "c10d_functional", "c10d") and "wait" not in name
+    namespace = getattr(node.target, "namespace", None)
+    return namespace not in (None, "aten", "prims", "moe_fx")
 
 
 def _stages(nodes: Sequence[Node], needs: dict[Node, set[Node]]) -> dict[Node, int]:
-    collectives = [node for node in nodes if is_collective(node)]
+    collectives = [node for node in nodes if may_communicate(node)]
     stages = dict.fromkeys(nodes, len(collectives))
     stages.update({node: at for at, node in enumerate(collectives)})
     for node in reversed(nodes):

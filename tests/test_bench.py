@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import moe_fx.cli
 from moe_fx.errors import MoeFxError
 from moe_fx.testing import RankPool
-from tests.bench import layers, netlab, overlap, ranks, results, timeline, variants
+from tests.bench import layers, netlab, overlap, ranks, results, timeline
 from tests.bench.exchanges import Recording, Watched, watch
 
 
@@ -86,12 +86,11 @@ def test_table_shows_why_a_program_was_not_timed(tmp_path: Path) -> None:
     assert written["points"][0]["hidden"]["chunks4"] == pytest.approx(0.75)
 
 
-def test_failures_count_what_this_moe_fx_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_those_of_our_programs() -> None:
     found = point(**MEASURED)
-    found.failed |= {"auto": "wrong", "inductor": "wrong"}
-    monkeypatch.setattr(variants, "supported", lambda name: name != "auto")
+    found.failed |= {"inductor": "wrong"}
     assert overlap.failures([found]) == []
-    monkeypatch.setattr(variants, "supported", lambda name: True)
+    found.failed |= {"auto": "wrong"}
     assert len(overlap.failures([found])) == 1
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_fx.groups import require_group
-from moe_fx.link import TYPICAL, Link, agreed, calibrate
+from moe_fx.link import TYPICAL, Link, calibrate
 from moe_fx.testing import RankPool
 
 CPU = torch.device("cpu")
@@ -57,12 +57,3 @@ def _calibrated_alone(rank: int) -> Link:
 
 def test_a_group_of_one_has_a_link_that_costs_nothing(ranks2: RankPool) -> None:
     assert ranks2.run(_calibrated_alone) == [Link(0.0, 0.0, 0.0)] * 2
-
-
-def _agreed(rank: int) -> list[float]:
-    return agreed([0.1 * (rank + 1), 1.0, float(rank)], require_group(None))
-
-
-def test_agreed_is_the_mean_and_bitwise_the_same(ranks2: RankPool) -> None:
-    first, second = ranks2.run(_agreed)
-    assert first == second == [(0.1 + 0.2) / 2, 1.0, 0.5]

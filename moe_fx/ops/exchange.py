@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,30 +155,15 @@ def _wait_fake(
     return sent.new_empty((size, *sent.shape[1:]))
 
 
-def _wait_after(
-    handle: Tensor,
-    sent: Tensor,
-    send_counts: Tensor,
-    recv_counts: Tensor,
-    group: str,
-    num_rows: int | None,
-    after: Sequence[Tensor],
-) -> Tensor:
-    """``wait``, once ``after`` has been computed or started: a compiler that knows no order but
-    that of dependencies keeps this one. For graphs whose gradients are there already."""
-    return _wait(handle, sent, send_counts, recv_counts, group, num_rows)
+def _wait_after(*args: Any) -> Tensor:
+    """``wait``, once ``after`` (the last argument) has been computed or started: a compiler that
+    knows no order but that of dependencies keeps this one. For graphs whose gradients are there
+    already."""
+    return _wait(*args[:-1])
 
 
-def _wait_after_fake(
-    handle: Tensor,
-    sent: Tensor,
-    send_counts: Tensor,
-    recv_counts: Tensor,
-    group: str,
-    num_rows: int | None,
-    after: Sequence[Tensor],
-) -> Tensor:
-    return _wait_fake(handle, sent, send_counts, recv_counts, group, num_rows)
+def _wait_after_fake(*args: Any) -> Tensor:
+    return _wait_fake(*args[:-1])
 
 
 def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -92,13 +92,13 @@ def _require_known(option: str, given: Sequence[str] | None, known: Sequence[str
 
 
 def failures(points: Sequence[Point]) -> list[str]:
-    """Programs of ours that failed or differ; that there is no such option here does not count."""
+    """Programs of ours that failed or differ."""
     names = (variants.COMPUTE, variants.UNOVERLAPPED, *variants.OURS)
     return [
         f"{point.title}: {name}: {point.failed[name]}"
         for point in points
         for name in names
-        if name in point.failed and variants.supported(name)
+        if name in point.failed
     ]
 
 

@@ -74,24 +74,13 @@ def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Mod
     return _ours(sharded(), UNOVERLAPPED if name == COMPUTE else name, "inductor")
 
 
-def overlap_option(name: str) -> dict[str, Any]:
-    """The option of moe_fx for the variant; none where it is how this moe_fx works anyway."""
-    if "overlap" in moe_fx.Options.model_fields:
-        value = name if name in (UNOVERLAPPED, AUTO) else int(name.removeprefix("chunks"))
-        return {"overlap": value}
-    if name == UNOVERLAPPED:
-        return {}
-    raise CannotRun("this moe_fx has no option 'overlap'")
-
-
-def supported(name: str) -> bool:
-    """This moe_fx has what the variant of ours needs."""
-    return name in (COMPUTE, UNOVERLAPPED) or "overlap" in moe_fx.Options.model_fields
+def overlap_option(name: str) -> str | int:
+    return name if name in (UNOVERLAPPED, AUTO) else int(name.removeprefix("chunks"))
 
 
 def _ours(module: nn.Module, overlap: str, base: str) -> Program:
     reports: list[Any] = []
-    options = {**overlap_option(overlap), "base": base, "on_report": reports.append}
+    options = {"overlap": overlap_option(overlap), "base": base, "on_report": reports.append}
     compiled = torch.compile(
         module, backend="moe_fx", fullgraph=True, dynamic=False, options=options
     )
