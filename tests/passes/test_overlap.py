@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from moe_fx import passes
 from moe_fx.options import Options
+from moe_fx.passes import overlap as overlapping
 from moe_fx.passes.base import PassResult
 from moe_fx.passes.overlap import Overlap
 from moe_fx.report import Report
@@ -103,6 +105,30 @@ def test_the_new_order_is_legal_and_has_the_same_nodes(case: Captured) -> None:
     check_legal(module)
     assert set(module.graph.nodes) == before
     assert {node: node.all_input_nodes for node in before} == inputs
+
+
+def test_an_order_that_takes_too_much_memory_is_left_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    graph = Graph()
+    tokens, sizes = graph.placeholder("tokens"), graph.placeholder("sizes")
+    start = graph.call_function(ops.all_to_all.default, (tokens, sizes, sizes, "g"))
+    wait = graph.call_function(ops.wait.default, (start, tokens, sizes, sizes, "g"))
+    small = graph.call_function(aten.neg.default, (wait,))
+    large = graph.call_function(aten.cat.default, ([tokens] * 8,))
+    narrowed = graph.call_function(aten.sum.default, (large,))
+    graph.output((small, narrowed))
+    for node, size in ((small, 8), (large, 64), (narrowed, 1)):
+        node.meta["val"] = torch.empty(size)
+    order = list(graph.nodes)
+    caplog.set_level("INFO", logger="moe_fx")
+    with mock.patch.object(overlapping, "peak_bytes", side_effect=[100, 126]):
+        assert not overlapping.overlap(graph, memory=1.25)
+    assert list(graph.nodes) == order
+    assert "1.26 times the memory" in caplog.text
+    with mock.patch.object(overlapping, "peak_bytes", side_effect=[100, 125]):
+        assert overlapping.overlap(graph, memory=1.25)
+    assert list(graph.nodes).index(large) < list(graph.nodes).index(wait)
 
 
 def test_numbers_are_unchanged(case: Captured) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx import Graph, Node
+from torch.library import _scoped_library
 
 from moe_fx.passes.schedule import Timeline, may_communicate, peak_bytes, schedule, simulate
 
@@ -112,6 +113,19 @@ def test_collectives_keep_their_order_whatever_they_cost() -> None:
     for costs in (Toy({}), Toy({"there0 exchange": 100.0}), Toy({"experts0": 500.0})):
         starts = [node.name for node in schedule(nodes, costs) if may_communicate(node)]
         assert starts == ["there0", "return0", "there1", "return1"]
+
+
+def test_an_op_of_which_nothing_is_known_may_communicate_and_keeps_its_place() -> None:
+    program = Program()
+    tokens = program.tokens()
+    program.wait("wait", program.start("start", program.work("rows", tokens)))
+    with _scoped_library("someone", "FRAGMENT") as library:
+        library.define("all_reduce(Tensor x) -> Tensor")
+        op = torch.ops.someone.all_reduce.default
+        reduced = program.graph.create_node("call_function", op, (tokens,), name="reduced")
+        program.start("later", reduced)
+        order = names(schedule(program.nodes, Toy({"wait": 0.0})))
+    assert order.index("start") < order.index("reduced") < order.index("later")
 
 
 def test_random_ops_keep_their_order() -> None:
