@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-import moe_fx.shard
+import moe_fx.unshard
 from moe_fx.compat import all_gather_rows
 from moe_fx.errors import ConfigurationError, MoeFxError
-from moe_fx.shard import check_device, expert_parameter_bytes, shard_experts, slots
+from moe_fx.expert_parameters import slots
+from moe_fx.groups import check_device
+from moe_fx.shard import expert_parameter_bytes, shard_experts
 
 WORLD = 2
 EXPERTS = 4
@@ -188,7 +190,7 @@ def count_gathers(patch: pytest.MonkeyPatch) -> Counter[str]:
         gathers["calls"] += 1
         return all_gather_rows(*args)
 
-    patch.setattr(moe_fx.shard, "all_gather_rows", counted)
+    patch.setattr(moe_fx.unshard, "all_gather_rows", counted)
     return gathers
 
 

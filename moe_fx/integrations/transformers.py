@@ -24,9 +24,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_fx.checkpoint import open_safetensors
 from moe_fx.errors import ConfigurationError
+from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
-from moe_fx.shard import Slot, expert_parameters, install, open_safetensors
+from moe_fx.unshard import install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
