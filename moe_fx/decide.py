@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moe_fx.agree import store_key, wait_for
 from moe_fx.compat import group_store
-from moe_fx.link import Link, calibrate, measured_already
+from moe_fx.link import Link, calibrate, known
 
 _decided: dict[tuple[str, str], Any] = {}
 _DOING = "plans an MoE layer"
@@ -25,8 +25,8 @@ _DOING = "plans an MoE layer"
 def decide(group: dist.ProcessGroup, about: str, choose: Callable[[], Any], timeout: float) -> Any:
     """What rank 0 of ``group`` chose ``about`` something: JSON data. ``choose`` is called there
     only, once. Raises `RanksDiffer` after ``timeout`` seconds without a decision."""
-    known = (group.group_name, about)
-    if known not in _decided:
+    place = (group.group_name, about)
+    if place not in _decided:
         digest = hashlib.sha256(about.encode()).hexdigest()[:16]
         key = store_key(group, f"decision/{digest}")
         store = group_store(group)
@@ -34,14 +34,14 @@ def decide(group: dist.ProcessGroup, about: str, choose: Callable[[], Any], time
             store.set(key, json.dumps(choose()))
         else:
             wait_for(group, {0: key}, timeout, _DOING)
-        _decided[known] = json.loads(store.get(key))
-    return _decided[known]
+        _decided[place] = json.loads(store.get(key))
+    return _decided[place]
 
 
 def link_of(group: dist.ProcessGroup, device: torch.device, timeout: float) -> Link:
     """The group's measured link. Measuring takes all ranks: they are waited for first, and one that
     does not come is an error after ``timeout`` seconds."""
-    if not measured_already(group, device):
+    if known(group, device) is None:
         keys = {r: store_key(group, f"link/{device.type}/{r}") for r in range(group.size())}
         group_store(group).set(keys[group.rank()], "here")
         wait_for(group, keys, timeout, _DOING)

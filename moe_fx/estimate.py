@@ -7,8 +7,10 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch.fx import Graph, Node
 
+from moe_fx.link import calibrate
 from moe_fx.passes.node_costs import MATMULS, GraphCosts
 
 __all__ = ["inductor_runtime_estimation"]
@@ -19,19 +21,22 @@ _EXCHANGES = (
 )
 
 
-def inductor_runtime_estimation() -> Callable[[Node, int | None], float | None]:
+def inductor_runtime_estimation(
+    group: dist.ProcessGroup, device: torch.device | str
+) -> Callable[[Node, int | None], float | None]:
     """A callback for ``custom_runtime_estimation``: milliseconds of an exchange or of a matrix
     product; None (Inductor's own estimate) for any other node.
 
     ::
 
         torch._inductor.config.aten_distributed_optimizations.custom_runtime_estimation = (
-            moe_fx.inductor_runtime_estimation()
+            moe_fx.inductor_runtime_estimation(dist.group.WORLD, "cuda")
         )
 
-    Exchanges cost what their group's measured link says, rows that only the run can tell the mean
-    over the ranks.
+    A collective: measures the group's link for ``device``, unless it has been. Rows that only the
+    run can tell count as the mean over the ranks.
     """
+    calibrate(group, torch.device(device))
     costs: WeakKeyDictionary[Graph, GraphCosts] = WeakKeyDictionary()
 
     def estimate(node: Node, override_size: int | None = None) -> float | None:

@@ -7,7 +7,7 @@ hosts at 150 Mbit/s, torch 2.13: 105 and 56 ns a byte).
 ::
 
     link = calibrate(group, device)  # by every rank of the group, at the same place
-    link.seconds(4 << 20)  # one exchange of 4 MiB
+    link.latency + (4 << 20) * link.rate(in_flight=1)  # seconds of one exchange of 4 MiB
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_fx.compat import real_tensors
 
-__all__ = ["TYPICAL", "Link", "calibrate", "known", "measured_already"]
+__all__ = ["Link", "calibrate", "known"]
 
 _SMALLEST = 32 << 10
 """Bytes a rank sends to others in the first exchange timed for its rate."""
@@ -54,15 +54,6 @@ class Link:
         """Seconds per byte with so many exchanges in flight."""
         return self.busy if in_flight > 1 else self.alone
 
-    def seconds(self, num_bytes: float, in_flight: int = 1) -> float:
-        """Seconds from the start of the first to the end of the last of ``in_flight`` exchanges
-        started together, of ``num_bytes`` each (bytes a rank sends to others)."""
-        return in_flight * (self.latency + num_bytes * self.rate(in_flight))
-
-
-TYPICAL = Link(latency=30e-6, alone=1 / 25e9, busy=1 / 25e9)
-"""For a group that does not exist, as when a plan is made for more ranks than there are: 25 GB/s a
-rank each way and 30 µs (one 200 Gbit/s network port per accelerator). Assumed, not measured."""
 
 _measured: dict[tuple[str, str], Link] = {}
 
@@ -83,13 +74,9 @@ def calibrate(group: dist.ProcessGroup, device: torch.device) -> Link:
     return _measured[key]
 
 
-def measured_already(group: dist.ProcessGroup, device: torch.device) -> bool:
-    return (group.group_name, device.type) in _measured
-
-
-def known(group: dist.ProcessGroup, device: torch.device) -> Link:
-    """What `calibrate` found; `TYPICAL` if it was not called. Measures nothing."""
-    return _measured.get((group.group_name, device.type), TYPICAL)
+def known(group: dist.ProcessGroup, device: torch.device) -> Link | None:
+    """What `calibrate` found; None if it was not called. Measures nothing."""
+    return _measured.get((group.group_name, device.type))
 
 
 def _gathered(

@@ -27,7 +27,7 @@ ops = torch.ops.moe_fx
 
 _UNKNOWN = 64
 UNKNOWN_EXCHANGE = 1e3
-"""Seconds: longer than anything that could stand in its way."""
+"""Seconds, where no link was measured: all that can be is done meanwhile."""
 _VIEWS = (
     *VIEWS,
     operator.getitem,
@@ -102,10 +102,11 @@ class GraphCosts:
         rows: Any = node.args[0]
         if "val" not in rows.meta:
             return UNKNOWN_EXCHANGE
-        device = rows.meta["val"].device
         group = resolve_group(node.args[3])  # type: ignore[arg-type]
         world = group.size()
-        link = known(group, device)
+        link = known(group, rows.meta["val"].device)
+        if link is None:
+            return UNKNOWN_EXCHANGE
         return link.latency + self.bytes(rows) * (world - 1) / world * link.busy
 
     def base(self, node: Node) -> Node:

@@ -1,4 +1,4 @@
-"""The link's arithmetic, and its calibration on real ranks."""
+"""The link, and its calibration on real ranks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_fx.groups import require_group
-from moe_fx.link import TYPICAL, Link, calibrate
+from moe_fx.link import Link, calibrate, known
 from moe_fx.testing import RankPool
 
 CPU = torch.device("cpu")
 
 
-def test_seconds_of_one_exchange_and_of_several() -> None:
+def test_several_exchanges_in_flight_go_at_another_rate() -> None:
     link = Link(latency=1.0, alone=0.5, busy=0.25)
-    assert link.seconds(8) == 1 + 4
-    assert link.seconds(8, in_flight=2) == 2 * (1 + 2)
-
-
-def test_the_typical_link_costs_its_latency_and_25_gigabytes_a_second() -> None:
-    assert TYPICAL.seconds(0) == 30e-6
-    assert abs(TYPICAL.seconds(25e9) - 1 - 30e-6) < 1e-12
+    assert [link.rate(in_flight) for in_flight in (1, 2, 3)] == [0.5, 0.25, 0.25]
 
 
 def _calibrated(rank: int) -> tuple[Link, bool]:
@@ -36,6 +30,16 @@ def test_ranks_calibrate_to_the_same_numbers_once(ranks2: RankPool) -> None:
     assert cached_first and cached_second
     assert 0 < first.latency < 1
     assert 0 < first.busy <= first.alone < 1e-6
+
+
+def _known_before_and_after(rank: int) -> tuple[Link | None, bool]:
+    group = dist.new_group()
+    before = known(group, CPU)
+    return before, calibrate(group, CPU) == known(group, CPU)
+
+
+def test_a_link_is_known_once_it_was_measured(ranks2: RankPool) -> None:
+    assert ranks2.run(_known_before_and_after) == [(None, True)] * 2
 
 
 def _calibrated_anew_while_tracing(rank: int) -> Link:

@@ -66,7 +66,9 @@ def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Mod
         module = _hugging_face(block())
         return Program(module, torch.compile(module) if name == HF_COMPILED else module)
     if name in (INDUCTOR, INDUCTOR_COST):
-        estimate = moe_fx.inductor_runtime_estimation() if name == INDUCTOR_COST else None
+        estimate = None
+        if name == INDUCTOR_COST:
+            estimate = moe_fx.inductor_runtime_estimation(dist.group.WORLD, "cpu")
         functional.register()
         program = _ours(sharded(), UNOVERLAPPED, functional.BACKEND)
         program.compiling = lambda: _overlap_scheduling(estimate)
