@@ -32,6 +32,8 @@ _GEMM_BYTES = 32 << 20
 """On the CPU, bytes of rows and weights that a GEMM measurement goes through, so that no cache
 keeps what a layer would have to read. Experts run one by one there: any number of groups costs in
 proportion, and more columns than fit (an output head) do."""
+_MOST_GROUPS = 32
+"""Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
 """Elsewhere, where one kernel runs all groups: bytes above which more groups are taken to cost in
 proportion."""
@@ -87,7 +89,7 @@ class _Measured:
         most = _GEMM_BYTES if on_cpu else _MOST_GEMM_BYTES
         width = max(1, min(n, most // (d * self.dtype.itemsize)))
         group_bytes = (d * width + rows * (d + width)) * self.dtype.itemsize
-        held = max(1, most // group_bytes)
+        held = min(_MOST_GROUPS, max(1, most // group_bytes))
         held = held if on_cpu else min(groups, held)
         seconds = _gemm_seconds(self.device, self.dtype, rows, d, width, held)
         return seconds * (groups / held) * (n / width)
