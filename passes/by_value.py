@@ -49,7 +49,7 @@ from moe_fx.passes.roles import (
     tensor_inputs,
 )
 from moe_fx.passes.row_layout import RowLayout
-from moe_fx.passes.selected_ids import ids_of, selections
+from moe_fx.passes.selected_ids import ids_of, selections, some_experts
 from moe_fx.passes.shared_ids import shared_by_rows
 from moe_fx.passes.split_sum import split_sum
 from moe_fx.passes.starts import Starts
@@ -180,6 +180,8 @@ class _Reader:
         for starts, pairing in self.starts.found():
             with attempts:
                 return self.read_from(starts, pairing)
+        if isinstance(attempts.furthest, NoExperts):
+            raise some_experts(self.ids, self.selection) or attempts.furthest
         raise attempts.furthest
 
     # -- what they are -------------------------------------------------------------------------

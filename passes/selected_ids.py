@@ -50,6 +50,29 @@ def ids_of(anchor: Anchor, selection: Selection) -> Ids:
     return Ids(tuple(found))
 
 
+def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
+    """Why the experts of a loop are not all there: the ids are compared with some of them only."""
+    compared: set[int] = set()
+    found, stack = set(ids.nodes), list(ids.nodes)
+    while stack:
+        for user in stack.pop().users:
+            if user.target is aten.eq.Scalar and isinstance(user.args[1], int):
+                compared.add(user.args[1])
+            elif user not in found and is_integer(user):
+                found.add(user)
+                stack.append(user)
+    num = selection.num_experts
+    missing = sorted(set(range(num)) - compared) if isinstance(num, int) else []
+    if len(compared) < 2 or not missing:
+        return None
+    names = ", ".join(map(str, missing))
+    return Refusal(
+        f"the selected ids are compared with {len(compared)} of {num} experts, never with {names}",
+        selection.node,
+        3,
+    )
+
+
 def _columns(node: Node, selection: Selection) -> int:
     dims, lead = shape(node), selection.lead
     if len(dims) == len(lead):

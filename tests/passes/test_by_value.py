@@ -157,3 +157,29 @@ def test_every_layer_of_a_deep_model_is_read(name: str) -> None:
     with torch.no_grad():
         expected = [case.module(*values) for values in inputs]
     assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+
+
+class SomeExperts(nn.Module):
+    """A masked loop over the first experts only."""
+
+    def __init__(self, read: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(read))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).max(-1, keepdim=True)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            result = torch.where(ids == number, expert(x), result)
+        return result * weights
+
+
+def test_a_loop_over_some_of_the_experts_is_declined_with_those_it_leaves_out() -> None:
+    graphs, report = rewritten_on_ranks(captured(SomeExperts(6), tokens(22, HIDDEN)).module, 2)
+    assert graphs is None
+    assert [entry.reason for entry in report.declined] == [
+        "the selected ids are compared with 6 of 8 experts, never with 6, 7"
+    ]
+    graphs, report = rewritten_on_ranks(captured(SomeExperts(8), tokens(22, HIDDEN)).module, 2)
+    assert graphs is not None and not report.declined
