@@ -3,7 +3,7 @@
 The *compute thread* runs one thing at a time; the *link* carries exchanges in the order in which
 they were queued. A layer is a pipeline over its pieces::
 
-    prepare; exchange counts; queue every dispatch
+    prepare; exchange counts (or sizes); queue every dispatch
     for each piece: wait for its rows; run its experts; queue its combine
     wait for the combines; finish
 
@@ -75,14 +75,32 @@ class Layer:
         """T * k, the rows that a rank sends, and receives on average; own ones included."""
         return self.tokens * self.top_k
 
+    @property
+    def most(self) -> int:
+        """Experts of one rank that a token can select."""
+        return min(self.top_k, self.local_experts)
+
+    def fill(self, capacity_factor: float | None) -> float:
+        """The share of a buffer's rows that are expected to be used."""
+        return fill(self.top_k, self.world_size, self.most, capacity_factor)
+
+
+def fill(top_k: int, world_size: int, most: int, capacity_factor: float | None) -> float:
+    """The share of `moe_fx.ops.padded.slots` that the mean number of pairs fills."""
+    least = top_k / (world_size * most)
+    return min(1.0, max(least, 1 / capacity_factor if capacity_factor else 0.0))
+
 
 @dataclass(frozen=True)
 class Choice:
     """The exchange is cut into ``expert_slices * token_slices`` pieces: by experts each GEMM stays
-    whole, by tokens each piece has rows of every expert."""
+    whole, by tokens each piece has rows of every expert. strategy, capacity_factor: as in
+    `moe_fx.plan.ExchangePlan`."""
 
     expert_slices: int = 1
     token_slices: int = 1
+    strategy: str = "alltoall"
+    capacity_factor: float | None = None
 
     @property
     def pieces(self) -> int:
@@ -90,6 +108,8 @@ class Choice:
 
     def legal(self, layer: Layer) -> bool:
         if self.expert_slices < 1 or not 1 <= self.token_slices <= max(1, layer.tokens):
+            return False
+        if self.strategy != "alltoall" and self.expert_slices > 1:
             return False
         return layer.local_experts % self.expert_slices == 0
 
@@ -117,10 +137,11 @@ def predict(layer: Layer, link: Link, compute: Compute, choice: Choice) -> Predi
     """
     if not choice.legal(layer):
         raise ValueError(f"{choice} does not fit {layer}")
-    forward = simulate(_pipeline(layer, compute, choice, False), link)
+    pipeline = _PIPELINES[choice.strategy]
+    forward = simulate(pipeline(layer, compute, choice, False), link)
     if not layer.training:
         return forward
-    return forward + simulate(_pipeline(layer, compute, choice, True), link)
+    return forward + simulate(pipeline(layer, compute, choice, True), link)
 
 
 def choose(
@@ -235,13 +256,16 @@ class _Clock:
 # -- a layer as a pipeline -------------------------------------------------------------------------
 
 
-def _pipeline(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
+def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
     """Rows go to the ranks of their experts: permute, (regroup, experts, regroup), join, sum."""
     rows = layer.rows * layer.skew / choice.pieces
-    travelling = rows * (layer.world_size - 1) / layer.world_size
+    slots = rows
+    if choice.strategy == "padded_alltoall":
+        slots = layer.rows / layer.fill(choice.capacity_factor) / choice.pieces
+    travelling = slots * (layer.world_size - 1) / layer.world_size
     experts = layer.local_experts // choice.expert_slices
-    work = _experts(layer, compute, rows, experts, backward)
-    work += compute.copy_seconds(rows * (layer.dispatch_bytes + layer.combine_bytes))
+    work = _experts(layer, compute, rows, slots, experts, backward)
+    work += compute.copy_seconds(slots * (layer.dispatch_bytes + layer.combine_bytes))
     returned = layer.rows * layer.combine_bytes
     joined = compute.copy_seconds(returned) if choice.pieces > 1 else 0.0
     return Pipeline(
@@ -254,10 +278,57 @@ def _pipeline(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
     )
 
 
-def _experts(layer: Layer, compute: Compute, rows: float, experts: int, backward: bool) -> float:
+def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
+    """Every token goes to every rank, and each rank's share of its result back: copy, (permute,
+    experts, sum), sum of the shares."""
+    rows = layer.rows * layer.skew / choice.pieces
+    slots = layer.rows / layer.fill(choice.capacity_factor) / choice.pieces
+    everyone = layer.tokens * layer.world_size
+    travelling = layer.tokens * (layer.world_size - 1) / choice.pieces
+    work = _experts(layer, compute, rows, slots, layer.local_experts, backward)
+    work += compute.copy_seconds(slots * layer.dispatch_bytes + rows * layer.combine_bytes)
+    return Pipeline(
+        before=compute.copy_seconds(2 * everyone * layer.dispatch_bytes),
+        dispatch=travelling * (layer.dispatch_bytes + _PAIR_BYTES * layer.top_k),
+        work=work + compute.piece_seconds(),
+        combine=travelling * layer.combine_bytes,
+        after=compute.copy_seconds(2 * everyone * layer.combine_bytes),
+        pieces=choice.pieces,
+    )
+
+
+_PAIR_BYTES = 8
+"""Of a pair's expert id and routing weight."""
+
+
+def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
+    """Every expert comes to every rank; nothing is computed meanwhile."""
+    elements = sum(d * n for d, n in layer.matmuls) * layer.num_experts
+    travelling = elements * layer.dtype.itemsize * (layer.world_size - 1) / layer.world_size
+    rows = layer.rows
+    return Pipeline(
+        before=compute.copy_seconds(rows * layer.dispatch_bytes),
+        dispatch=travelling,
+        work=_experts(layer, compute, rows, rows, layer.num_experts, backward),
+        combine=travelling if backward else 0.0,
+        after=compute.copy_seconds(2 * rows * layer.combine_bytes),
+    )
+
+
+_PIPELINES = {
+    "alltoall": _alltoall,
+    "padded_alltoall": _alltoall,
+    "allgather": _allgather,
+    "gather_weights": _gather_weights,
+}
+
+
+def _experts(
+    layer: Layer, compute: Compute, rows: float, slots: float, experts: int, backward: bool
+) -> float:
     """Matrix products of ``rows`` rows in all, and between them a pass over what the first of two
-    produced and the second reads (the activation)."""
+    produced and the second reads (the activation), of all ``slots``."""
     gemms = sum(compute.gemm_seconds(rows / experts, d, n, experts) for d, n in layer.matmuls)
     outputs = [n for _, n in layer.matmuls[:-1]]
-    activations = compute.copy_seconds(rows * sum(outputs) * layer.dtype.itemsize)
+    activations = compute.copy_seconds(slots * sum(outputs) * layer.dtype.itemsize)
     return (2 if backward else 1) * (gemms + activations)

@@ -88,7 +88,7 @@ class MoEPass(CustomGraphPass):
         text = describe(report.plans, training=False)
         checked: set[Any] = set()
         for node in result.graph.nodes:
-            if node.target is torch.ops.moe_fx.exchange_counts.default:
+            if node.target in _ASK:
                 group = node.args[1]
                 if group not in checked:
                     checked.add(group)
@@ -107,6 +107,10 @@ class MoEPass(CustomGraphPass):
             "world": _topology(dist.group.WORLD if dist.is_initialized() else None),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+_ASK = (torch.ops.moe_fx.exchange_counts.default, torch.ops.moe_fx.even_sizes.default)
+"""Ops that check, before they exchange anything, that the ranks have planned the same."""
 
 
 def _module_of(graph: Graph) -> GraphModule:

@@ -6,12 +6,22 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from moe_fx.errors import ConfigurationError
+from moe_fx.plan import EVEN
 
 Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
+Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "gather_weights"]
+Overflow = Literal["error", "drop"]
 
 
 class Options(BaseModel):
@@ -24,6 +34,15 @@ class Options(BaseModel):
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
+    strategy: how tokens and experts meet (`moe_fx.plan.ExchangePlan`); "auto": what costs least of
+        those that are right whatever the routing, on whatever numbers of tokens.
+    even_tokens: a promise that in every step all ranks have the same number of tokens, checked when
+        the graph runs: lets "auto" take "allgather" too. Asking for a strategy that needs it is to
+        promise it.
+    capacity_factor: of "padded_alltoall" and "allgather": rows a rank has room for, over the mean;
+        None: room for all that can come.
+    on_overflow: what happens to rows that find no room: "error", or "drop": those of the last
+        tokens are left out, which changes results.
     overlap: into how many chunks the exchange is cut so that it runs beside the experts: a number,
         "auto" (as the cost model says), or "off" (one, waited for at once).
     overlap_memory: how much more memory than in the captured order the results alive at once may
@@ -38,10 +57,29 @@ class Options(BaseModel):
     base: str = "inductor"
     verify: Verification = "compile"
     strict: bool = False
+    strategy: Strategy = "auto"
+    even_tokens: bool = False
+    capacity_factor: float | None = Field(default=None, gt=0)
+    on_overflow: Overflow = "error"
     overlap: Overlap | Annotated[int, Field(ge=1)] = "auto"
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
+
+    @field_validator("capacity_factor")
+    @classmethod
+    def _has_capacity(cls, factor: float | None, info: ValidationInfo) -> float | None:
+        strategy = info.data.get("strategy")
+        if factor is not None and strategy not in EVEN:
+            raise ValueError(f"is for strategy={' or '.join(map(repr, EVEN))}, not {strategy!r}")
+        return factor
+
+    @field_validator("on_overflow")
+    @classmethod
+    def _can_overflow(cls, on_overflow: str, info: ValidationInfo) -> str:
+        if on_overflow == "drop" and info.data.get("capacity_factor") is None:
+            raise ValueError("nothing overflows without a capacity_factor")
+        return on_overflow
 
     @field_validator("ep_group")
     @classmethod

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EVEN = ("allgather", "padded_alltoall")
+"""Strategies of equal parts, which take the same number of tokens on every rank."""
+
 
 def slices(local_experts: int, chunks: int) -> tuple[int, int]:
     """(expert slices, token slices) for about ``chunks`` chunks, at most: by expert as far as the
@@ -29,11 +32,15 @@ class Predicted:
 class ExchangePlan:
     """The same on every rank but for ``rank``.
 
-    strategy: "local" (one rank: nothing travels), "alltoall" (exact split sizes, one host sync).
+    strategy: "local" (one rank: nothing travels); "alltoall" (rows go to their experts' ranks, in
+        exact split sizes, one host sync); "padded_alltoall" (the same in equal parts, by capacity);
+        "allgather" (every rank gets all tokens, computes its experts' share of each result, and the
+        shares are summed where the token is); "gather_weights" (the weights travel, as captured).
     group_name, world_size, rank: the expert-parallel group.
-    num_experts, local_experts: rank ``r`` owns experts from ``r * local_experts`` on.
+    num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on.
     expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so
         that it overlaps the experts' compute (`moe_fx.ops.chunks`).
+    capacity_factor, drop: of a strategy with buffers of fixed size (`moe_fx.ops.padded`).
     predicted: what the cost model expects, where it chose (overlap="auto").
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
@@ -47,24 +54,45 @@ class ExchangePlan:
     rank: int = 0
     expert_slices: int = 1
     token_slices: int = 1
+    capacity_factor: float | None = None
+    drop: bool = False
     predicted: Predicted | None = None
 
     @property
     def exchanges(self) -> bool:
-        return self.strategy != "local"
+        """Whether tokens travel."""
+        return self.strategy not in ("local", "gather_weights")
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks must have the same number of tokens."""
+        return self.strategy in EVEN
+
+    @property
+    def host_sync(self) -> str:
+        return "moe_fx::split_sizes" if self.strategy == "alltoall" else ""
+
+    @property
+    def capture(self) -> str:
+        """The verdict, for people."""
+        if self.host_sync:
+            return f"not capture-safe: {self.host_sync} waits for the device"
+        return "capture-safe: no host sync"
 
     @property
     def summary(self) -> str:
         """For people: what is done, and what it is expected to take."""
-        if not self.exchanges:
+        if self.strategy == "local":
             return self.strategy
         text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts"
+        if self.capacity_factor is not None:
+            text += f", capacity factor {self.capacity_factor:g}" + ", drops" * self.drop
         if self.chunks > 1:
             text += f", in {self.chunks} chunks"
         if self.predicted is not None:
             took, alone = self.predicted.seconds, self.predicted.unoverlapped
             text += f", expected to take {1e3 * took:.3g} ms ({1e3 * alone:.3g} ms in one)"
-        return text
+        return f"{text}; {self.capture}"
 
     @property
     def chunks(self) -> int:
@@ -76,8 +104,4 @@ class ExchangePlan:
 
     @property
     def first_expert(self) -> int:
-        return self.rank * self.local_experts
-
-    @property
-    def host_sync(self) -> str:
-        return "moe_fx::split_sizes" if self.exchanges else ""
+        return self.rank * self.local_experts if self.exchanges else 0

@@ -93,6 +93,8 @@ def _steps(
 def _given(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     if node.target is _OPS.exchange_counts.default:
         return args[0], kwargs.get("chunks", 1)
+    if node.target is _OPS.even_sizes.default:
+        return ([len(piece) for piece in args[0]],)
     return args
 
 
@@ -121,13 +123,24 @@ def _exchange_rows(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     return received
 
 
+def _even_sizes(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    world = len(requests)
+    sizes = [lengths for (lengths,) in requests]
+    if any(other != sizes[0] for other in sizes):
+        raise RanksDisagree(f"ranks have other numbers of rows: {sizes}")
+    rows = torch.tensor(sizes[0]) // world
+    return [rows.unsqueeze(1).expand(-1, world)] * world
+
+
 _COLLECTIVES = {
     _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
     _OPS.exchange_counts.default: "exchange_counts",
+    _OPS.even_sizes.default: "even_sizes",
     _OPS.all_to_all.default: "all_to_all",
 }
 _EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
     "all_gather": _gather,
     "exchange_counts": _exchange_counts,
+    "even_sizes": _even_sizes,
     "all_to_all": _exchange_rows,
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_fx.passes.emitter import Emitter
+from moe_fx.passes.emitter import Emitter, is_permuting
 from moe_fx.passes.roles import VIEWS, PairWeights, argument, shape, value
 from moe_fx.region import Parts
 
@@ -19,23 +19,21 @@ aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
 
-def combine(emitter: Emitter, rows: list[Node], row_map: Node) -> Node:
+def combine(emitter: Emitter, rows: list[Node], row_map: Node, missing: bool = False) -> Node:
     """``rows``: of all pairs, or in pieces that together are; ``row_map [T * K]``: where each
-    pair's row is."""
+    pair's row is. missing: some may be nowhere."""
     parts, call = emitter.parts, emitter.call
-    summed = parts.combined.target is ops.unpermute.default
-    weights = parts.combined.args[2] if summed else _plain_weights(emitter)
     num_tokens = call(aten.sym_size.int, parts.tokens, 0)
-    if summed or weights is not None:
+    if sums_plainly(parts):
         sizes = [num_tokens, *shape(parts.combined)[1:]]
-        return _unpermute(emitter, rows, row_map, weights, sizes)
+        return _unpermute(emitter, rows, row_map, weights_of_sum(emitter), sizes, missing)
     num_pairs = call(aten.sym_size.int, row_map, 0)
     sizes = [num_pairs, *shape(parts.cut)[1:]]
-    values = {parts.cut: _unpermute(emitter, rows, row_map, None, sizes)}
+    values = {parts.cut: _unpermute(emitter, rows, row_map, None, sizes, missing)}
     for node in parts.nodes:
         if not (isinstance(parts.roles[node], PairWeights) or node in parts.post):
             continue
-        if emitter.is_permuting(node):
+        if is_permuting(parts, node):
             source = node.args[0]
             assert isinstance(source, Node)
             values[node] = values[source]
@@ -45,17 +43,42 @@ def combine(emitter: Emitter, rows: list[Node], row_map: Node) -> Node:
 
 
 def _unpermute(
-    emitter: Emitter, rows: list[Node], row_map: Node, weights: Any, sizes: list[Any]
+    emitter: Emitter,
+    rows: list[Node],
+    row_map: Node,
+    weights: Node | None,
+    sizes: list[Any],
+    missing: bool,
 ) -> Node:
+    if missing:
+        joined = emitter.call(aten.cat.default, rows) if len(rows) > 1 else rows[0]
+        return emitter.call(ops.unpermute.default, joined, row_map, weights, sizes, True)
     if len(rows) == 1:
         return emitter.call(ops.unpermute.default, rows[0], row_map, weights, sizes)
     return emitter.call(ops.unpermute_chunks.default, rows, row_map, weights, sizes)
 
 
-def _plain_weights(emitter: Emitter) -> Node | None:
-    """The weights if all that follows the cut is: times the weights, back to token order, sum;
-    as a ``[T, K]`` node of the product's dtype."""
+def sums_plainly(parts: Parts) -> bool:
+    """Whether all that follows the cut is: times the weights if any, back to token order, sum."""
+    return parts.combined.target is ops.unpermute.default or _factor(parts) is not None
+
+
+def weights_of_sum(emitter: Emitter) -> Node | None:
+    """The weights ``[T, K]`` of a plain sum, of the product's dtype."""
     parts = emitter.parts
+    if parts.combined.target is ops.unpermute.default:
+        weights: Any = parts.combined.args[2]
+        return weights
+    factor = _factor(parts)
+    assert factor is not None and parts.weights is not None
+    dtype = value(factor).dtype
+    if dtype == value(parts.weights).dtype:
+        return parts.weights
+    return emitter.call(aten._to_copy.default, parts.weights, dtype=dtype)
+
+
+def _factor(parts: Parts) -> Node | None:
+    """What rows are multiplied with if that is the weights, at most cast."""
     if parts.weights is None:
         return None
     muls = [n for n in parts.post if n.target is aten.mul.Tensor]
@@ -64,7 +87,7 @@ def _plain_weights(emitter: Emitter) -> Node | None:
         for n in parts.post
         if n is not parts.combined
         and n not in muls
-        and not emitter.is_permuting(n)
+        and not is_permuting(parts, n)
         and n.target not in (*VIEWS, aten.unsqueeze.default)
     ]
     pair_weights = [n for n in others if isinstance(parts.roles[n], PairWeights)]
@@ -75,10 +98,7 @@ def _plain_weights(emitter: Emitter) -> Node | None:
         return None
     if any(n.target is not aten._to_copy.default for n in pair_weights):
         return None
-    dtype = value(factors[0]).dtype
-    if dtype == value(parts.weights).dtype:
-        return parts.weights
-    return emitter.call(aten._to_copy.default, parts.weights, dtype=dtype)
+    return factors[0]
 
 
 def _is_weights(parts: Parts, node: Node) -> bool:

@@ -61,21 +61,11 @@ class Emitter:
         copy.meta["stack_trace"] = node.meta.get("stack_trace", self.trace)
         return copy
 
-    def is_permuting(self, node: Node) -> bool:
-        index: Any
-        if node.target is aten.index.Tensor:
-            indices: Any = node.args[1]
-            (index,) = indices
-        elif node.target is aten.index_select.default:
-            index = node.args[2]
-        else:
-            return False
-        return isinstance(self.parts.roles.get(index), Permutation)
-
-    def experts(self, rows: Node, counts: Node, at: int = 0) -> Node:
+    def experts(self, rows: Node, counts: Node, at: int = 0, fill: float | None = None) -> Node:
         """The experts' results for ``rows``, sorted by expert, ``counts`` of each expert of slice
-        ``at`` of the local ones."""
-        return _Experts(self, rows, counts, at).result()
+        ``at`` of the local ones. fill: there are more rows, which are nobody's; about this share
+        is somebody's."""
+        return _Experts(self, rows, counts, at, fill).result()
 
     def owned(self, table: Node) -> Node:
         """``[E, ...] -> [E/W, ...]``: the shard of a gathered table, a view of a replicated one."""
@@ -96,7 +86,7 @@ class Emitter:
     def _own(self, table: Node) -> Node:
         gather = gather_of(table)
         if gather is not None:
-            return gather.shard
+            return table if self.plan.strategy == "gather_weights" else gather.shard
         if not self.plan.exchanges:
             return self._ungathered(table)
         if table.op == "call_function" and is_unary_rowwise(table):
@@ -119,6 +109,19 @@ class Emitter:
         return table if local is source else self.copy(table, lambda n: local if n is source else n)
 
 
+def is_permuting(parts: Parts, node: Node) -> bool:
+    """Whether ``node`` puts rows in another order."""
+    index: Any
+    if node.target is aten.index.Tensor:
+        indices: Any = node.args[1]
+        (index,) = indices
+    elif node.target is aten.index_select.default:
+        index = node.args[2]
+    else:
+        return False
+    return isinstance(parts.roles.get(index), Permutation)
+
+
 @dataclass
 class _Experts:
     """One run of the body. at: the slice of the local experts whose rows these are."""
@@ -127,6 +130,7 @@ class _Experts:
     rows: Node
     counts: Node
     at: int
+    fill: float | None
 
     def __post_init__(self) -> None:
         self.parts, self.plan = self.emitter.parts, self.emitter.plan
@@ -145,7 +149,7 @@ class _Experts:
 
     def _node(self, node: Node) -> Node:
         roles = self.parts.roles
-        if self.emitter.is_permuting(node):
+        if is_permuting(self.parts, node):
             source = node.args[0]
             assert isinstance(source, Node)
             return self.values[source]
@@ -172,14 +176,18 @@ class _Experts:
         if table_first:
             weight = self.call(aten.transpose.int, weight, 1, 2)
         flat = self.call(aten.squeeze.dim, self._rows(rows), vector_dim)
-        product = self.call(ops.grouped_mm.default, flat, weight, self.offsets)
+        product = self._multiply(ops.grouped_mm.default, flat, weight)
         return self.call(aten.unsqueeze.default, product, vector_dim)
 
     def _grouped_mm(self, rows: Node, table: Any) -> Node:
         separate = self._separate(table)
         if separate is not None:
-            return self.call(ops.grouped_mm_list.default, rows, separate, self.offsets)
-        return self.call(ops.grouped_mm.default, rows, self._local(table), self.offsets)
+            return self._multiply(ops.grouped_mm_list.default, rows, separate)
+        return self._multiply(ops.grouped_mm.default, rows, self._local(table))
+
+    def _multiply(self, op: Callable[..., Any], rows: Node, weights: Any) -> Node:
+        filled = () if self.fill is None else (self.fill,)
+        return self.call(op, rows, weights, self.offsets, *filled)
 
     def _separate(self, table: Node) -> list[Node] | None:
         """The slice's matrices behind a table that is a stack of them, so that no copy is made."""
@@ -209,9 +217,7 @@ class _Experts:
 
     def _ids(self) -> Node:
         if self.row_ids is None:
-            self.row_ids = self.call(
-                aten.repeat_interleave.Tensor, self.counts, output_size=self.num_rows
-            )
+            self.row_ids = self.call(ops.row_experts.default, self.counts, self.num_rows)
         return self.row_ids
 
     def _table(self, node: Any) -> Node:
@@ -223,7 +229,7 @@ class _Experts:
         if index is not None:
             source = next(n for n in node.all_input_nodes if n is not index)
             table = self._local(source)
-        elif self.emitter.is_permuting(node):
+        elif is_permuting(self.parts, node):
             table = self._table(node.args[0])
         elif node.target in VIEWS:
             sizes = [self.plan.experts_per_slice, *shape(node)[1:]]

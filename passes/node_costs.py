@@ -55,6 +55,7 @@ MATMULS: dict[Any, tuple[int, int]] = {
 }
 
 
+_FILLED = (ops.grouped_mm.default, ops.grouped_mm_list.default)
 _MEASURED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Other matrix products count as the bytes they read and write."""
 _SENT: dict[Any, int] = {
@@ -92,7 +93,7 @@ class GraphCosts:
         device = tensors[0].device
         if node.target in MATMULS and tensors[0].dtype in _MEASURED:
             return self._matmul(node, measured(device, tensors[0].dtype))
-        if node.target in (ops.all_to_all.default, ops.split_sizes.default):
+        if node.target in (ops.all_to_all.default, ops.split_sizes.default, ops.even_sizes.default):
             return 0.0
         moved = self.bytes(node) + sum(map(self.bytes, node.all_input_nodes))
         return measured(device, torch.float32).copy_seconds(moved / 2)
@@ -157,12 +158,13 @@ class GraphCosts:
         if node.target is ops.grouped_mm_grad_weight.default:
             (groups,) = self._dims(node.args[2])
             return compute.gemm_seconds(rows[0] / groups, rows[1], weight[-1], groups)
+        fill: Any = node.args[3] if node.target in _FILLED and len(node.args) > 3 else 1.0
         if len(weight) == 3:
-            each = rows[1] if len(rows) == 3 else rows[0] / weight[0]
+            each = rows[1] if len(rows) == 3 else fill * rows[0] / weight[0]
             return compute.gemm_seconds(each, rows[-1], weight[-1], weight[0])
         out = weight[0] if node.target is aten.linear.default else weight[-1]
         groups = max(1, separate)
-        return compute.gemm_seconds(math.prod(rows[:-1]) / groups, rows[-1], out, groups)
+        return compute.gemm_seconds(fill * math.prod(rows[:-1]) / groups, rows[-1], out, groups)
 
     def _dims(self, node: Any) -> list[int]:
         return [self.size(size) for size in node.meta["val"].shape]

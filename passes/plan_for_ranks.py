@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.planner import asked
+from moe_fx.passes.planner import Misfit, asked, fitting_strategies, planned
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
 
@@ -34,31 +34,29 @@ class PlanForRanks(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         kept: list[tuple[Region, ExchangePlan]] = []
         for region in context.regions:
-            reason = self._misfit(region)
-            if reason:
+            try:
+                plan = self.plan(region, context)
+            except Misfit as misfit:
                 context.report.declined.append(
-                    Declined(reason, region.output, region.source, region.form)
+                    Declined(str(misfit), region.output, region.source, region.form)
                 )
-            else:
-                alone = region.program == "local" and self.world_size > 1
-                program = "replicated" if alone else region.program
-                kept.append((replace(region, program=program), self.plan(region, context)))
+                continue
+            alone = region.program == "local" and self.world_size > 1
+            program = "replicated" if alone else region.program
+            kept.append((replace(region, program=program), plan))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
 
-    def _misfit(self, region: Region) -> str:
-        if region.num_experts % self.world_size:
-            return f"{region.num_experts} experts do not divide by {self.world_size} ranks"
-        others = {gather.world_size for gather in region.parts.gathers} - {self.world_size}
-        if others:
-            return f"expert weights are gathered from {others.pop()} ranks, not {self.world_size}"
-        return ""
-
     def plan(self, region: Region, context: Context) -> ExchangePlan:
-        num_experts, overlap = region.num_experts, context.options.overlap
-        if self.world_size == 1:
+        num_experts, world = region.num_experts, self.world_size
+        if num_experts % world:
+            raise Misfit(f"{num_experts} experts do not divide by {world} ranks")
+        others = {gather.world_size for gather in region.parts.gathers} - {world}
+        if others:
+            raise Misfit(f"expert weights are gathered from {others.pop()} ranks, not {world}")
+        if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
-        local = num_experts // self.world_size
-        place = (GROUP_NAME, self.world_size, self.rank)
-        return ExchangePlan("alltoall", num_experts, local, *place, *asked(local, overlap))
+        strategy = fitting_strategies(region, context.options)[0]
+        choice = asked(strategy, num_experts // world, context.options)
+        return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

@@ -7,15 +7,18 @@ Pseudo-code::
 
     group = the gather's group if the weights are gathered, else the option's
     no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
-        overlap is a number -> "alltoall" in about so many chunks;  "off" -> in one
-        "auto" -> what costs least of `candidates` (`moe_fx.cost`), by the link and the speeds
-                  measured here; decided by the group's first rank, once per kind of layer
+        of the strategies asked for, those that fit the region
+        overlap is a number -> the first of them in about so many chunks;  "off" -> in one
+        "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx.cost`), by the link and the
+                  speeds measured here; decided by the group's first rank, once per kind of layer
 
-Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly.
+Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly; a
+region that the strategy asked for does not fit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,33 +29,43 @@ from moe_fx.compat import resolve_group
 from moe_fx.cost import Choice, Layer, choose
 from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
+from moe_fx.options import Options
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.combine import sums_plainly
 from moe_fx.passes.cost_layer import device_of, layer_of
-from moe_fx.plan import ExchangePlan, Predicted, slices
+from moe_fx.plan import EVEN, ExchangePlan, Predicted, slices
 from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
 
 CHUNKS = (1, 2, 4, 8, 16)
 
 
+class Misfit(Exception):
+    """A region cannot be run as asked; the message says why."""
+
+
 class Plan(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         kept: list[tuple[Region, ExchangePlan]] = []
         for region in context.regions:
-            names = {gather.group_name for gather in region.parts.gathers}
-            if context.group is not None:
-                names.add(context.group.group_name)
-            if len(names) > 1:
-                reason = f"expert weights are gathered over more than one group: {sorted(names)}"
+            try:
+                kept.append((region, plan_exchange(region, _group_of(region, context), context)))
+            except Misfit as misfit:
                 context.report.declined.append(
-                    Declined(reason, region.output, region.source, region.form)
+                    Declined(str(misfit), region.output, region.source, region.form)
                 )
-                continue
-            group = resolve_group(names.pop()) if names else None
-            kept.append((region, plan_exchange(region, group, context)))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
+
+
+def _group_of(region: Region, context: Context) -> dist.ProcessGroup | None:
+    names = {gather.group_name for gather in region.parts.gathers}
+    if context.group is not None:
+        names.add(context.group.group_name)
+    if len(names) > 1:
+        raise Misfit(f"expert weights are gathered over more than one group: {sorted(names)}")
+    return resolve_group(names.pop()) if names else None
 
 
 def plan_exchange(
@@ -69,34 +82,88 @@ def plan_exchange(
             f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
-    local = experts // world
-    place = (group.group_name, world, group.rank())
+    strategies = fitting_strategies(region, context.options)
+    predicted = None
     if context.options.overlap == "auto" and context.measures:
-        choice, predicted = _cheapest(region, group, context)
-        return ExchangePlan(
-            "alltoall",
-            experts,
-            local,
-            *place,
-            choice.expert_slices,
-            choice.token_slices,
-            predicted,
-        )
-    return ExchangePlan("alltoall", experts, local, *place, *asked(local, context.options.overlap))
+        choice, predicted = _cheapest(region, group, context, strategies)
+    else:
+        choice = asked(strategies[0], experts // world, context.options)
+    return planned(
+        region, choice, context.options, (group.group_name, world, group.rank()), predicted
+    )
 
 
-def asked(local_experts: int, overlap: str | int) -> tuple[int, int]:
-    """(expert slices, token slices) where nothing is measured."""
-    return slices(local_experts, overlap if isinstance(overlap, int) else 1)
+def planned(
+    region: Region,
+    choice: Choice,
+    options: Options,
+    place: tuple[str, int, int],
+    predicted: Predicted | None = None,
+) -> ExchangePlan:
+    """place: the group's name, its ranks, and this rank."""
+    experts = region.num_experts
+    return ExchangePlan(
+        choice.strategy,
+        experts,
+        experts if choice.strategy == "gather_weights" else experts // place[1],
+        *place,
+        choice.expert_slices,
+        choice.token_slices,
+        choice.capacity_factor,
+        options.on_overflow == "drop",
+        predicted,
+    )
 
 
-def candidates(local_experts: int) -> list[Choice]:
+def fitting_strategies(region: Region, options: Options) -> list[str]:
+    """Those that may be taken, the one for when nothing is measured first."""
+    if options.strategy != "auto":
+        reason = _misfit(region, options.strategy)
+        if reason:
+            raise Misfit(f"strategy={options.strategy!r} does not fit: {reason}")
+        return [options.strategy]
+    wanted = ["alltoall", "gather_weights", *(["allgather"] if options.even_tokens else [])]
+    return [strategy for strategy in wanted if not _misfit(region, strategy)]
+
+
+def _misfit(region: Region, strategy: str) -> str:
+    parts = region.parts
+    if strategy == "gather_weights" and not parts.gathers:
+        return "the experts' weights are not gathered from shards, each rank has them whole"
+    if strategy in EVEN and parts.weighs_tokens and region.top_k > 1:
+        return "the routing weights multiply the tokens on their way to the experts"
+    if strategy == "allgather" and not (parts.weighs_tokens or sums_plainly(parts)):
+        return "the experts' rows are not just weighted and summed"
+    return ""
+
+
+def asked(strategy: str, local_experts: int, options: Options) -> Choice:
+    """Where nothing is measured."""
+    chunks = options.overlap if isinstance(options.overlap, int) else 1
+    return _cut(strategy, local_experts, chunks, options)
+
+
+def candidates(strategies: Sequence[str], local_experts: int, options: Options) -> list[Choice]:
     """The first is what does nothing."""
-    return list(dict.fromkeys(Choice(*slices(local_experts, chunks)) for chunks in CHUNKS))
+    return list(
+        dict.fromkeys(
+            _cut(strategy, local_experts, chunks, options)
+            for strategy in strategies
+            for chunks in CHUNKS
+        )
+    )
+
+
+def _cut(strategy: str, local_experts: int, chunks: int, options: Options) -> Choice:
+    if strategy == "alltoall":
+        return Choice(*slices(local_experts, chunks))
+    if strategy == "gather_weights":
+        return Choice(1, 1, strategy)
+    return Choice(1, chunks, strategy, options.capacity_factor)
 
 
 def _cheapest(
-    region: Region, group: dist.ProcessGroup, context: Context
+    region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
 ) -> tuple[Choice, Predicted]:
     layer = layer_of(region, group.size(), context.training)
     device = device_of(region)
@@ -104,13 +171,17 @@ def _cheapest(
     link = link_of(group, device, timeout)
 
     def chosen() -> dict[str, Any]:
-        options = [c for c in candidates(layer.local_experts) if c.legal(layer)]
+        options = [
+            choice
+            for choice in candidates(strategies, layer.local_experts, context.options)
+            if choice.legal(layer)
+        ]
         best, predictions = choose(layer, link, measured(device, layer.dtype), options)
         own = predictions[options.index(best)]
         predicted = Predicted(own.seconds, own.compute, own.exchange, predictions[0].seconds)
         return {"choice": asdict(best), "predicted": asdict(predicted)}
 
-    found = decide(group, _kind(layer), chosen, timeout)
+    found = decide(group, f"{list(strategies)} {_kind(layer)}", chosen, timeout)
     return Choice(**found["choice"]), Predicted(**found["predicted"])
 
 

@@ -24,7 +24,10 @@ def reference_matmuls(module: GraphModule) -> dict[Any, Any]:
 
 
 def _grouped(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-    return grouped_matmul(*args)
+    rows, *others = args[:3]
+    product = grouped_matmul(rows, *others)
+    behind = product.new_zeros((len(rows) - len(product), product.shape[1]))
+    return torch.cat([product, behind])
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from dialect ops; the region's own nodes are gone unless something else reads th
 
 Pseudo-code, for one region::
 
-    local:     rows, row_map = permute(tokens, ids);  rows = experts(rows)
-    otherwise: the rows travel as the plan's strategy says (`travel.py`)
-    out = unpermute(rows, row_map, weights)      # or `post` as captured, where it is not just that
+    nothing travels: rows, row_map = permute(tokens, ids);  rows = experts(rows)
+                     out = unpermute(rows, row_map, weights)     # or `post` as captured
+    otherwise:       the same, the rows travelling as the plan's strategy says (`travel.py`,
+                     `travel_even.py`)
 
 All rows of a side stand in one order there, so the permutations of the captured body vanish.
 """
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.combine import combine
 from moe_fx.passes.emitter import Emitter
 from moe_fx.passes.gathers import erase_if_unread
 from moe_fx.passes.roles import value
@@ -53,9 +53,7 @@ def rewrite_region(graph: Graph, region: Region, plan: ExchangePlan) -> None:
     own result stood."""
     combined = region.parts.combined
     with graph.inserting_before(combined):
-        emitter = Emitter(graph, region.parts, plan)
-        rows, row_map = TRAVEL[plan.strategy](emitter)
-        result = combine(emitter, rows, row_map)
+        result = TRAVEL[plan.strategy](Emitter(graph, region.parts, plan))
     combined.replace_all_uses_with(result, propagate_meta=False)
     result.meta.update({k: v for k, v in combined.meta.items() if k == "val"})
 

@@ -148,7 +148,7 @@ def _is_random(node: Node) -> bool:
 def may_communicate(node: Node) -> bool:
     """Every rank must do it in the same order: an exchange, and any op of whose kernel nothing is
     known."""
-    if node.target in STARTS or node.target is ops.exchange_counts.default:
+    if node.target in (*STARTS, ops.exchange_counts.default, ops.even_sizes.default):
         return True
     namespace = getattr(node.target, "namespace", None)
     return namespace not in (None, "aten", "prims", "moe_fx")

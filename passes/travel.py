@@ -1,8 +1,7 @@
 """How rows travel between tokens and experts, strategy by strategy.
 
-``TRAVEL[plan.strategy](emitter)`` emits everything from tokens to the experts' rows back at the
-tokens' side, and returns these rows (one tensor, or pieces that follow one another) and where each
-pair's row is in them.
+``TRAVEL[plan.strategy](emitter)`` emits everything from tokens to the region's result. Here:
+strategies whose sizes the routing says; those with fixed sizes are in `travel_even.py`.
 
 Pseudo-code of "alltoall" (in brackets: where there is more than one chunk)::
 
@@ -24,23 +23,23 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from moe_fx.passes.combine import combine
 from moe_fx.passes.emitter import Emitter
-from moe_fx.passes.roles import shape, value
+from moe_fx.passes.roles import shape
+from moe_fx.passes.travel_even import allgather, padded_alltoall, weighed
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
-Travel = Callable[[Emitter], tuple[list[Node], Node]]
 
-
-def local(emitter: Emitter) -> tuple[list[Node], Node]:
+def local(emitter: Emitter) -> Node:
     parts = emitter.parts
     counts = emitter.call(ops.expert_counts.default, parts.ids, emitter.plan.num_experts)
     rows, row_map = _permuted(emitter)
-    return [emitter.experts(rows, counts)], row_map
+    return combine(emitter, [emitter.experts(rows, counts)], row_map)
 
 
-def alltoall(emitter: Emitter) -> tuple[list[Node], Node]:
+def alltoall(emitter: Emitter) -> Node:
     call, plan = emitter.call, emitter.plan
     chunks = plan.chunks
     keys: Node = emitter.parts.ids
@@ -63,7 +62,8 @@ def alltoall(emitter: Emitter) -> tuple[list[Node], Node]:
         rows, row_map = _permuted(emitter)
         pieces = [rows]
     trips = [_Trip(emitter, rows, sizes, recv_counts, at) for at, rows in enumerate(pieces)]
-    return [trip.back() for trip in [trip.there() for trip in trips]], row_map
+    done = [trip.there() for trip in trips]
+    return combine(emitter, [trip.back() for trip in done], row_map)
 
 
 class _Trip:
@@ -124,7 +124,7 @@ def _permuted(emitter: Emitter) -> tuple[Node, Node]:
     if parts.weighs_tokens:
         columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in _pairs(emitter)]
         factor = emitter.item(emitter.call(ops.permute.default, *columns), 0)
-        rows = _weighed(emitter, rows, factor)
+        rows = weighed(emitter, rows, factor)
     return rows, row_map
 
 
@@ -137,7 +137,7 @@ def _permuted_chunks(emitter: Emitter, keys: Node, sizes: Node) -> tuple[list[No
         weights, _ = _pairs(emitter)
         columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in (weights, keys)]
         factors = item(emitter.call(ops.permute_chunks.default, *columns, sizes), 0)
-        rows = [_weighed(emitter, rows[at], item(factors, at)) for at in chunks]
+        rows = [weighed(emitter, rows[at], item(factors, at)) for at in chunks]
     return rows, row_map
 
 
@@ -146,11 +146,10 @@ def _pairs(emitter: Emitter) -> tuple[Node, Node]:
     return emitter.parts.weights, emitter.parts.ids
 
 
-def _weighed(emitter: Emitter, rows: Node, factor: Node) -> Node:
-    """Rows of tokens times their routing weights, in the tokens' dtype."""
-    product = emitter.call(aten.mul.Tensor, rows, factor)
-    dtype = value(emitter.parts.tokens).dtype
-    return emitter.call(aten._to_copy.default, product, dtype=dtype)
-
-
-TRAVEL: dict[str, Travel] = {"local": local, "alltoall": alltoall}
+TRAVEL: dict[str, Callable[[Emitter], Node]] = {
+    "local": local,
+    "gather_weights": local,
+    "alltoall": alltoall,
+    "padded_alltoall": padded_alltoall,
+    "allgather": allgather,
+}

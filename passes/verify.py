@@ -12,7 +12,8 @@ Pseudo-code, for one region::
     a graph captured for training, so must the gradients of all floating inputs
 
 The replacement is thus checked with its exchange, its split into local experts and its order of
-experts. Equal regions (same graph, shapes and plan) are verified once, unless ``verify="always"``.
+experts, and with room for all rows: what overflows by ``capacity_factor`` is not the pass's to say.
+Equal regions (same graph, shapes and plan) are verified once, unless ``verify="always"``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Verify(Pass):
             cuts = gradient_cuts(alone, region_alone) if context.training else None
             key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}\n{cuts and sorted(cuts)}"
             if key not in seen or context.options.verify == "always":
-                seen[key] = difference(alone, region_alone, plan, cuts)
+                roomy = replace(plan, capacity_factor=None, drop=False)
+                seen[key] = difference(alone, region_alone, roomy, cuts)
             found = seen[key]
             if isinstance(found, str):
                 combined = region.parts.combined
@@ -171,7 +173,10 @@ def _trials(
     for what, routing in routings.items():
         counts = [
             choose_token_count(
-                shape(region.parts.tokens)[0], region.top_k, experts, max(1, base - rank % 3)
+                shape(region.parts.tokens)[0],
+                region.top_k,
+                experts,
+                base if plan.even else max(1, base - rank % 3),
             )
             for rank in range(plan.world_size)
         ]

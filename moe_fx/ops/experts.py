@@ -52,38 +52,55 @@ def _regroup_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any,
     return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.rows_shape), None
 
 
-def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, fill: float | None = None) -> Tensor:
+    """``fill``: not all rows are an expert's, about this share is; the result of others is 0."""
     if _aten_can_group(rows, weight):
-        return torch._grouped_mm(rows, weight, offsets)
+        return _zero_behind(torch._grouped_mm(rows, weight, offsets), offsets, fill)
     out = rows.new_empty((rows.shape[0], weight.shape[2]))
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(rows[start:end], weight[expert], out=out[start:end])
         start = end
-    return out
+    return _zero_behind(out, offsets, fill)
 
 
-def _grouped_mm_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _zero_behind(rows: Tensor, offsets: Tensor, fill: float | None) -> Tensor:
+    if fill is None:
+        return rows
+    if rows.device.type == "cpu":
+        rows[int(offsets[-1]) :] = 0
+        return rows
+    behind = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return rows.masked_fill_(behind.unsqueeze(1), 0)
+
+
+def _grouped_mm_fake(
+    rows: Tensor, weight: Tensor, offsets: Tensor, fill: float | None = None
+) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[2]))
 
 
-def _grouped_mm_list(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+def _grouped_mm_list(
+    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None = None
+) -> Tensor:
     out = rows.new_empty((rows.shape[0], weights[0].shape[1]))
     start = 0
     for weight, end in zip(weights, offsets.tolist(), strict=True):
         if end > start:
             torch.mm(rows[start:end], weight, out=out[start:end])
         start = end
-    return out
+    return _zero_behind(out, offsets, fill)
 
 
-def _grouped_mm_list_fake(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+def _grouped_mm_list_fake(
+    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None = None
+) -> Tensor:
     return rows.new_empty((rows.shape[0], weights[0].shape[1]))
 
 
 def _grouped_mm_list_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, offsets = inputs
+    rows, weights, offsets, ctx.fill = inputs
     ctx.save_for_backward(rows, offsets, *weights)
 
 
@@ -91,9 +108,9 @@ def _grouped_mm_list_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, offsets, *weights = ctx.saved_tensors
     grad = grad.contiguous()
     transposed = [weight.t() for weight in weights]
-    grad_rows = torch.ops.moe_fx.grouped_mm_list(grad, transposed, offsets)
+    grad_rows = torch.ops.moe_fx.grouped_mm_list(grad, transposed, offsets, ctx.fill)
     grad_weights = torch.ops.moe_fx.grouped_mm_grad_weight(rows.contiguous(), grad, offsets)
-    return grad_rows, list(grad_weights.unbind(0)), None
+    return grad_rows, list(grad_weights.unbind(0)), None, None
 
 
 def _grouped_mm_grad_weight(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
@@ -125,19 +142,21 @@ def _aten_can_group(*operands: Tensor) -> bool:
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.fill = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    need_rows, need_weight, _ = ctx.needs_input_grad
+    need_rows, need_weight, *_ = ctx.needs_input_grad
     grad_rows = grad_weight = None
     if need_rows:
-        grad_rows = torch.ops.moe_fx.grouped_mm(grad, weight.transpose(-2, -1), offsets)
+        transposed = weight.transpose(-2, -1)
+        grad_rows = torch.ops.moe_fx.grouped_mm(grad, transposed, offsets, ctx.fill)
     if need_weight:
         grad_weight = torch.ops.moe_fx.grouped_mm_grad_weight(rows.contiguous(), grad, offsets)
-    return grad_rows, grad_weight, None
+    return grad_rows, grad_weight, None, None
 
 
 define(
@@ -148,14 +167,14 @@ define(
     setup_context=_regroup_setup,
 )
 define(
-    "grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor",
+    "grouped_mm(Tensor rows, Tensor weight, Tensor offsets, float? fill=None) -> Tensor",
     _grouped_mm,
     _grouped_mm_fake,
     backward=_grouped_mm_backward,
     setup_context=_grouped_mm_setup,
 )
 define(
-    "grouped_mm_list(Tensor rows, Tensor[] weights, Tensor offsets) -> Tensor",
+    "grouped_mm_list(Tensor rows, Tensor[] weights, Tensor offsets, float? fill=None) -> Tensor",
     _grouped_mm_list,
     _grouped_mm_list_fake,
     backward=_grouped_mm_list_backward,

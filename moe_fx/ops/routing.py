@@ -129,28 +129,54 @@ def _permute_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any,
     return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.token_shape), None, None
 
 
-def _unpermute(rows: Tensor, row_map: Tensor, weights: Tensor | None, shape: list[int]) -> Tensor:
-    num_tokens = shape[0]
-    if row_map.numel() == 0:
+def _unpermute(
+    rows: Tensor,
+    row_map: Tensor,
+    weights: Tensor | None,
+    shape: list[int],
+    missing: bool = False,
+) -> Tensor:
+    """``missing``: a pair whose row is past the end was dropped, and adds nothing."""
+    num_tokens, num_rows = shape[0], rows.shape[0]
+    if row_map.numel() == 0 or num_rows == 0:
         dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
         return rows.new_zeros(shape, dtype=dtype)
     top_k = row_map.numel() // num_tokens
-    truncated = rows.shape[0] < row_map.numel()
-    if truncated:  # a row past the end was dropped: it adds nothing
-        rows = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
-        row_map = row_map.clamp(max=rows.shape[0] - 1)
-    if top_k == 1 and weights is None:
-        return rows.index_select(0, row_map).view(shape)
+    kept = row_map < num_rows if missing or num_rows < row_map.numel() else None
     if rows.dim() == 2 and rows.dtype == torch.float32 and _one_dtype(rows, weights):
-        bags = row_map.view(num_tokens, top_k)
-        summed = torch.nn.functional.embedding_bag(
-            bags, rows, per_sample_weights=weights, mode="sum"
-        )
-        return summed.view(shape)
-    picked = rows.index_select(0, row_map).view(num_tokens, top_k, *rows.shape[1:])
+        return _bags(rows, row_map, weights, num_tokens, kept).view(shape)
+    if kept is not None:
+        row_map = row_map.clamp(max=num_rows - 1)
+    picked = rows.index_select(0, row_map)
+    if kept is not None:
+        picked = picked.masked_fill(~kept.view(-1, *[1] * (rows.dim() - 1)), 0)
+    if top_k == 1 and weights is None:
+        return picked.view(shape)
+    picked = picked.view(num_tokens, top_k, *rows.shape[1:])
     if weights is not None:
         picked = picked * weights.view(num_tokens, top_k, *[1] * (rows.dim() - 1))
     return picked.sum(1).view(shape)
+
+
+def _bags(
+    rows: Tensor, row_map: Tensor, weights: Tensor | None, num_tokens: int, kept: Tensor | None
+) -> Tensor:
+    """Each token's rows summed; only rows that are there are read."""
+    bag = torch.nn.functional.embedding_bag
+    if kept is None:
+        if row_map.numel() == num_tokens and weights is None:
+            return rows.index_select(0, row_map)
+        bags = row_map.view(num_tokens, -1)
+        return bag(bags, rows, per_sample_weights=weights, mode="sum")
+    each = kept.view(num_tokens, -1).sum(1)
+    starts = (each.cumsum(0) - each).to(row_map.dtype)
+    if rows.device.type == "cpu":
+        given = None if weights is None else weights.reshape(-1)[kept]
+        return bag(row_map[kept], rows, starts, per_sample_weights=given, mode="sum")
+    none = rows.shape[0]  # an empty row behind all, so that the host need not know how many
+    rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
+    bags = row_map.clamp(max=none).view(num_tokens, -1)
+    return bag(bags, rows, per_sample_weights=weights, mode="sum")
 
 
 def _one_dtype(rows: Tensor, weights: Tensor | None) -> bool:
@@ -158,15 +184,20 @@ def _one_dtype(rows: Tensor, weights: Tensor | None) -> bool:
 
 
 def _unpermute_fake(
-    rows: Tensor, row_map: Tensor, weights: Tensor | None, shape: list[int]
+    rows: Tensor,
+    row_map: Tensor,
+    weights: Tensor | None,
+    shape: list[int],
+    missing: bool = False,
 ) -> Tensor:
     dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
     return rows.new_empty(shape, dtype=dtype)
 
 
 def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, row_map, weights, shape = inputs
+    rows, row_map, weights, shape, missing = inputs
     ctx.save_for_backward(row_map, *(() if weights is None else (rows, weights)))
+    ctx.missing = missing
     ctx.rows_shape, ctx.rows_dtype, ctx.num_tokens = rows.shape, rows.dtype, shape[0]
 
 
@@ -174,9 +205,9 @@ def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     row_map, *weighted = ctx.saved_tensors
     rows, weights = weighted if weighted else (None, None)
     grad_rows, grad_weights = torch.ops.moe_fx.unpermute_grad(
-        grad, row_map, rows, weights, ctx.num_tokens, ctx.rows_shape, ctx.rows_dtype
+        grad, row_map, rows, weights, ctx.num_tokens, ctx.rows_shape, ctx.rows_dtype, ctx.missing
     )
-    return grad_rows, None, (None if weights is None else grad_weights), None
+    return grad_rows, None, (None if weights is None else grad_weights), None, None
 
 
 def _unpermute_grad(
@@ -187,6 +218,7 @@ def _unpermute_grad(
     num_tokens: int,
     rows_shape: list[int],
     rows_dtype: torch.dtype,
+    missing: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_rows, *tail = rows_shape
     grad_rows = grad.new_zeros(rows_shape, dtype=rows_dtype)
@@ -196,20 +228,23 @@ def _unpermute_grad(
     per_pair = grad.reshape(num_tokens, 1, *tail).expand(num_tokens, top_k, *tail)
     kept = row_map < num_rows
     target = row_map.long()
-    dropped = num_rows < row_map.numel()
+    dropped = missing or num_rows < row_map.numel()
     contribution = per_pair
     if weights is not None:
         contribution = per_pair * weights.view(num_tokens, top_k, *[1] * len(tail))
     contribution = contribution.reshape(-1, *tail).to(rows_dtype)
-    if dropped:
+    if dropped and grad.device.type == "cpu":
         contribution, target = contribution[kept], target[kept]
-    grad_rows.index_copy_(0, target, contribution)
+    elif dropped:  # into a row behind all, so that the host need not know how many
+        grad_rows = grad.new_zeros((num_rows + 1, *tail), dtype=rows_dtype)
+        target = target.clamp(max=num_rows)
+    grad_rows = grad_rows.index_copy_(0, target, contribution)[:num_rows]
     if weights is None or rows is None:
         return grad_rows, torch.zeros_like(row_map)
     picked = rows.index_select(0, row_map.clamp(max=num_rows - 1)).view(num_tokens, top_k, *tail)
     products = (per_pair * picked).flatten(2).sum(-1) if tail else per_pair * picked
     if dropped:
-        products = products * kept.view(num_tokens, top_k)
+        products = products.masked_fill(~kept.view(num_tokens, top_k), 0)
     return grad_rows, products.to(weights.dtype).view(weights.shape)
 
 
@@ -221,6 +256,7 @@ def _unpermute_grad_fake(
     num_tokens: int,
     rows_shape: list[int],
     rows_dtype: torch.dtype,
+    missing: bool = False,
 ) -> tuple[Tensor, Tensor]:
     grad_weights = torch.empty_like(row_map if weights is None else weights)
     return grad.new_empty(rows_shape, dtype=rows_dtype), grad_weights
@@ -243,13 +279,14 @@ define(
 )
 define(
     "unpermute_grad(Tensor grad, Tensor row_map, Tensor? rows, Tensor? weights, "
-    "SymInt num_tokens, SymInt[] rows_shape, ScalarType rows_dtype) -> "
+    "SymInt num_tokens, SymInt[] rows_shape, ScalarType rows_dtype, bool missing=False) -> "
     "(Tensor grad_rows, Tensor grad_weights)",
     _unpermute_grad,
     _unpermute_grad_fake,
 )
 define(
-    "unpermute(Tensor rows, Tensor row_map, Tensor? weights, SymInt[] shape) -> Tensor",
+    "unpermute(Tensor rows, Tensor row_map, Tensor? weights, SymInt[] shape, "
+    "bool missing=False) -> Tensor",
     _unpermute,
     _unpermute_fake,
     backward=_unpermute_backward,

@@ -53,8 +53,10 @@ def compare(
     gradients: bool = False,
     lengths: tuple[int, ...] = (9, 5, 6, 7),
     batch: int = 1,
+    **given: Any,
 ) -> Comparison:
-    """One model, ``program`` "replicated" or "gathered", other tokens (and number) on each rank."""
+    """One model, ``program`` "replicated" or "gathered", other tokens (and number) on each rank.
+    given: options."""
     torch.set_grad_enabled(gradients)
     model, config = build(family, impl, dtype)
     ids = token_ids(config, batch, lengths[rank], seed=rank)
@@ -65,7 +67,7 @@ def compare(
     if program == "gathered":
         shard_experts(model, group)
     reports: list[moe_fx.Report] = []
-    options: dict[str, Any] = {"base": base, "on_report": reports.append}
+    options: dict[str, Any] = {"base": base, "on_report": reports.append, **given}
     if program == "replicated":
         options["ep_group"] = group
     _RECORDED.clear()

@@ -138,26 +138,26 @@ def rewritten(
     rank: int = 0,
     verify: str = "compile",
     training: bool = False,
-    overlap: int | str = "off",
+    **given: Any,
 ) -> tuple[GraphModule | None, Report]:
     """(rank's graph, or None if nothing was accepted; what the passes said)."""
     report = Report()
-    options = Options(verify=verify, overlap=overlap)  # type: ignore[arg-type]
+    options = Options(**{"verify": verify, "overlap": "off"} | given)
     context = passes.Context(options=options, report=report, training=training)
     result = passes.run(module, context, passes.for_ranks(world, rank))
     return (None if result is module else result), report
 
 
 def rewritten_on_ranks(
-    module: GraphModule, world: int, verify: str = "compile"
+    module: GraphModule, world: int, verify: str = "compile", **given: Any
 ) -> tuple[list[GraphModule] | None, Report]:
-    """(a graph per rank, or None; what the passes said on the first)."""
-    first, report = rewritten(module, world, 0, verify)
+    """(a graph per rank, or None; what the passes said on the first). given: options."""
+    first, report = rewritten(module, world, 0, verify, **given)
     if first is None:
         return None, report
     graphs = [first]
     for rank in range(1, world):
-        graph, _ = rewritten(module, world, rank, "off")
+        graph, _ = rewritten(module, world, rank, "off", **given)
         assert graph is not None
         graphs.append(graph)
     return graphs, report
