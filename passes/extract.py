@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.on_host import on_host
 from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Parts, Region
 
@@ -28,7 +29,8 @@ class Extract:
 
 
 def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
-    """Copy ``nodes`` (in graph order); whatever they read from outside becomes a placeholder."""
+    """Copy ``nodes`` (in graph order), to run on the host; whatever they read from outside becomes
+    a placeholder."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     inside = set(nodes)
@@ -41,6 +43,7 @@ def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
         copies[node].meta = dict(node.meta)
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].args, copies[node].kwargs = on_host((copies[node].args, copies[node].kwargs))
     graph.output(tuple(copies[node] for node in outputs))
     module = GraphModule(torch.nn.Module(), graph)
     return Extract(module, tuple(outside), copies)

@@ -12,6 +12,7 @@ Pseudo-code::
     for node: erase it if it is a metadata assertion, else apply SPELLINGS[node.target]
     for node: if it ends a chain that one op was decomposed into (`decomposed.py`), make it that op
     erase what only those chains read
+    read past masks of ids that no selection gives (`id_bounds.py`)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.contraction import parsed
 from moe_fx.passes.decomposed import CHAINS, Spelling
+from moe_fx.passes.id_bounds import drop_masks_of_nothing
 from moe_fx.passes.roles import FRESH_BUFFERS, argument, shape, value
 
 aten = torch.ops.aten
@@ -211,6 +213,7 @@ class Normalise(Pass):
             for chain in CHAINS.get(node.target, ()):
                 if node.op == "call_function" and _spell(node, chain(node)):
                     break
+        drop_masks_of_nothing(graph)
         return PassResult(GraphModule(module, graph), changed=True)
 
 

@@ -20,8 +20,8 @@ from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.layout import Body
 from moe_fx.passes.names import view_root
-from moe_fx.passes.reference_matmuls import grouped_matmul
-from moe_fx.passes.roles import Refusal, Selection, is_grouped_matmul, is_integer, shape, value
+from moe_fx.passes.on_host import call_on_host, on_host
+from moe_fx.passes.roles import Refusal, Selection, is_integer, shape, value
 from moe_fx.passes.sizes import random_tensor, scalar
 from moe_fx.passes.surroundings import Surroundings
 
@@ -69,7 +69,7 @@ class Trials:
         ids: Iterable[Node],
     ) -> None:
         self.selection, self.around, self.tokens, self.result = selection, around, tokens, result
-        operands = [of for value in body.operands.values() for of in _as_tuple(value)]
+        operands = [of for each in body.operands.values() for of in _as_tuple(each)]
         self.nodes, self.inputs = self._region([result, *operands, *ids])
         for node in self.nodes:
             if "c10d" in getattr(node.target, "namespace", ""):
@@ -194,13 +194,10 @@ class Trials:
 
 
 def call(node: Node, values: Values) -> Any:
-    """One node on given values; grouped matmuls by the book."""
-    args: Any = map_arg(node.args, values.__getitem__)
-    kwargs = map_arg(node.kwargs, values.__getitem__)
-    if is_grouped_matmul(node):
-        return grouped_matmul(*args[:3])
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    """One node on given values, on the host."""
+    args: Any = map_arg(on_host(node.args), values.__getitem__)
+    kwargs = map_arg(on_host(node.kwargs), values.__getitem__)
+    return call_on_host(node, args, kwargs)
 
 
 def _without_gradients(graph: Graph) -> set[Node]:

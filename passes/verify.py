@@ -39,7 +39,7 @@ from moe_fx.passes.gradients import (
     run_with_gradients,
 )
 from moe_fx.passes.normalise import copy_graph
-from moe_fx.passes.reference_matmuls import reference_matmuls
+from moe_fx.passes.on_host import reference_ops
 from moe_fx.passes.rewrite import rewrite_region
 from moe_fx.passes.roles import PerToken, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
@@ -84,7 +84,7 @@ def difference(
     ranks = range(plan.world_size)
     rewritten = [replacement(alone, region, replace(plan, rank=rank)) for rank in ranks]
     original = [cut_at(alone.module, cuts or frozenset())] * plan.world_size
-    overrides = reference_matmuls(alone.module)
+    overrides = reference_ops(alone.module)
     tolerance = _tolerance(region)
     routings: list[str] = []
     compared: dict[str, None] = {}

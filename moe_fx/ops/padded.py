@@ -286,17 +286,19 @@ def _even_sizes(
         ensure(group, plans, timeout)
     process_group = resolve_group(group)
     world = process_group.size()
-    own = torch.tensor([piece.shape[0] // world for piece in pieces])
-    sent = own.repeat(world, 1).to(pieces[0].device)
+    own = [piece.shape[0] // world for piece in pieces]
+    device = pieces[0].device
+    # Filled there, not copied there: a copy from the host could not be captured.
+    sent = torch.cat([torch.full((world, 1), size, device=device) for size in own], 1)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=process_group)
     _require(
         (received == sent).all(),
-        f"moe_fx::even_sizes: rank {process_group.rank()} exchanges parts of {own.tolist()} rows, "
+        f"moe_fx::even_sizes: rank {process_group.rank()} exchanges parts of {own} rows, "
         "other ranks do not: this strategy needs the same number of tokens on every rank in every "
         'step. Pad them, or use strategy="alltoall".',
     )
-    return own.unsqueeze(1).expand(-1, world).contiguous()
+    return torch.tensor(own).unsqueeze(1).expand(-1, world).contiguous()
 
 
 def _even_sizes_fake(

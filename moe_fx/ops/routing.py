@@ -67,6 +67,9 @@ def _route(
 
 def _expert_counts(ids: Tensor, num_experts: int) -> Tensor:
     flat = ids.reshape(-1).long()
+    if flat.device.type != "cpu":  # bincount would wait for the device to tell the largest id
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+        return counts.scatter_add(0, flat, torch.ones_like(flat))
     try:
         counts = torch.bincount(flat, minlength=num_experts)
     except RuntimeError:

@@ -49,9 +49,7 @@ CASES = [
         impl,
         dtype,
         program,
-        marks=[]
-        if dtype == torch.float32 and (impl, program) != ("batched_mm", "replicated")
-        else [pytest.mark.slow],
+        marks=[] if dtype == torch.float32 and impl == "grouped_mm" else [pytest.mark.slow],
     )
     for impl in IMPLEMENTATIONS
     for dtype in DTYPES

@@ -1,6 +1,8 @@
-"""Matmuls of rows with their experts' matrices, by the book: what verification calls in place of
-the ops. Strided weights and unaligned sizes are no issue, and coarse dtypes are multiplied in
-float32, which a CPU does an order of magnitude faster.
+"""Captured ops on the host, whatever device they were captured for: how regions are verified.
+
+Matmuls of rows with their experts' matrices are done by the book: strided weights and unaligned
+sizes are no issue, and coarse dtypes are multiplied in float32, which a CPU does an order of
+magnitude faster. ``histc`` takes integers, as on CUDA.
 """
 
 from __future__ import annotations
@@ -10,17 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from moe_fx.passes.roles import is_grouped_matmul
 
 _COARSE = (torch.float16, torch.bfloat16)
 
 
-def reference_matmuls(module: GraphModule) -> dict[Any, Any]:
+_HOST = torch.device("cpu")
+
+
+def on_host(arguments: Any) -> Any:
+    """The same arguments of an op, with the host for every device."""
+    return map_aggregate(arguments, lambda a: _HOST if isinstance(a, torch.device) else a)
+
+
+def reference_ops(module: GraphModule) -> dict[Any, Any]:
     """Overrides for `moe_fx.simulate.run` of ``module`` or a rewrite of it."""
     targets = {node.target for node in module.graph.nodes if is_grouped_matmul(node)}
     targets.add(torch.ops.moe_fx.grouped_mm.default)
-    return {torch.ops.aten.bmm.default: _batched} | dict.fromkeys(targets, _grouped)
+    others = {torch.ops.aten.bmm.default: _batched, torch.ops.aten.histc.default: _histc}
+    return others | dict.fromkeys(targets, _grouped)
+
+
+def call_on_host(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value of a captured node on values on the host."""
+    if is_grouped_matmul(node):
+        return grouped_matmul(*args[:3])
+    if node.target is torch.ops.aten.histc.default:
+        return _histc(node, args, kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _histc(_node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    values, *others = args
+    if values.is_floating_point():
+        return torch.histc(values, *others, **kwargs)
+    return torch.histc(values.double(), *others, **kwargs).to(values.dtype)
 
 
 def _grouped(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
