@@ -17,7 +17,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.bench.variants import AUTO, COMPUTE, OURS, PEERS, TITLES, UNOVERLAPPED
+from tests.bench.variants import (
+    AUTO,
+    AUTO_EVEN,
+    COMPUTE,
+    FIXED,
+    FIXED_EVEN,
+    OURS,
+    PEERS,
+    TITLES,
+    UNOVERLAPPED,
+)
 
 AGREEMENT = 1e-4
 """Largest difference from the original block, relative, at which a variant is timed."""
@@ -87,7 +97,7 @@ class Point:
         """The variant that a user gets: auto, or the best fixed one while there is no auto."""
         if self.seconds(AUTO) is not None:
             return AUTO
-        found = [(seconds, name) for name in OURS if (seconds := self.seconds(name)) is not None]
+        found = [(seconds, name) for name in FIXED if (seconds := self.seconds(name)) is not None]
         return min(found)[1] if found else None
 
     def speedup(self, peer: str) -> float | None:
@@ -97,8 +107,16 @@ class Point:
     @property
     def from_best(self) -> float | None:
         """auto over the best of all fixed chunk counts and no overlap, less 1."""
-        fixed = [s for n in (UNOVERLAPPED, *OURS[:-1]) if (s := self.seconds(n)) is not None]
-        quotient = _quotient(self.seconds(AUTO), min(fixed, default=None))
+        return self._from_best(AUTO, FIXED)
+
+    @property
+    def from_best_even(self) -> float | None:
+        """The same where all ranks have the same number of tokens, over all strategies."""
+        return self._from_best(AUTO_EVEN, (*FIXED, *FIXED_EVEN))
+
+    def _from_best(self, chosen: str, names: Sequence[str]) -> float | None:
+        fixed = [s for n in (UNOVERLAPPED, *names) if (s := self.seconds(n)) is not None]
+        quotient = _quotient(self.seconds(chosen), min(fixed, default=None))
         return None if quotient is None else quotient - 1
 
     @property
@@ -112,6 +130,7 @@ class Point:
         named["exchange"], named["exchange_pieces"] = self.exchange or (None, None)
         named["measured_ratio"], named["bound"] = self.measured_ratio, self.bound
         named["ours"], named["from_best"] = self.ours, self.from_best
+        named["from_best_even"] = self.from_best_even
         timed = [name for name in TITLES if self.samples.get(name) and name != COMPUTE]
         named["over_bound"] = {name: self.over_bound(name) for name in timed}
         named["hidden"] = {name: self.hidden(name) for name in timed}
@@ -174,6 +193,7 @@ def _caption(point: Point) -> str:
         f"exchange / compute measured {measured:.2f}" if measured else "",
         f"busiest expert {max(point.shares):.0%} of pairs" if point.shares else "",
         f"auto {point.from_best:+.1%} from the best" if point.from_best is not None else "",
+        f"with even tokens {point.from_best_even:+.1%}" if point.from_best_even is not None else "",
     ]
     return "; ".join(part for part in parts if part)
 
@@ -185,7 +205,7 @@ def summarise(points: Sequence[Point], console: Console) -> None:
         table.add_column(heading)
     for heading in (
         *("ratio", "compute", "exchange", "bound", "off", "ours", "/ bound", "hidden"),
-        *("× HF", "× Inductor", "from best"),
+        *("× HF", "× Inductor", "from best", "even", "/ bound", "from best"),
     ):
         table.add_column(heading, justify="right")
     for point in points:
@@ -202,6 +222,8 @@ def summarise(points: Sequence[Point], console: Console) -> None:
             _number(point.over_bound(ours) if ours else None),
             _percent(point.hidden(ours) if ours else None),
             *(_times(hugging_face), _times(inductor), _percent(point.from_best)),
+            *(_ms(point.seconds(AUTO_EVEN)), _number(point.over_bound(AUTO_EVEN))),
+            _percent(point.from_best_even),
         )
     console.print(table)
 

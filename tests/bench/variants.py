@@ -21,6 +21,8 @@ from tests.bench import functional
 
 CHUNKS = (1, 2, 4, 8)
 COMPUTE, UNOVERLAPPED, AUTO = "compute", "off", "auto"
+AUTO_EVEN = "auto_even"
+"""``auto`` with the promise that all ranks have the same number of tokens."""
 HF_EAGER, HF_COMPILED = "hf_eager", "hf_compiled"
 INDUCTOR, INDUCTOR_COST = "inductor", "inductor_cost"
 TITLES: dict[str, str] = {
@@ -32,8 +34,12 @@ TITLES: dict[str, str] = {
     INDUCTOR_COST: "Inductor's scheduler, our costs",
     **{f"chunks{n}": f"ours, {n} chunk{'s' if n > 1 else ''}" for n in CHUNKS},
     AUTO: "ours, auto",
+    **{f"allgather{n}": f"ours, allgather, {n} chunk{'s' if n > 1 else ''}" for n in CHUNKS},
+    AUTO_EVEN: "ours, auto, even tokens",
 }
-OURS = (*(f"chunks{n}" for n in CHUNKS), AUTO)
+FIXED = tuple(f"chunks{n}" for n in CHUNKS)
+FIXED_EVEN = tuple(f"allgather{n}" for n in CHUNKS)
+OURS = (*FIXED, AUTO, *FIXED_EVEN, AUTO_EVEN)
 PEERS = (HF_EAGER, HF_COMPILED, INDUCTOR, INDUCTOR_COST)
 
 _MEMORY_GBPS = 10.0
@@ -76,13 +82,19 @@ def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Mod
     return _ours(sharded(), UNOVERLAPPED if name == COMPUTE else name, "inductor")
 
 
-def overlap_option(name: str) -> str | int:
-    return name if name in (UNOVERLAPPED, AUTO) else int(name.removeprefix("chunks"))
+def options_of(name: str) -> dict[str, Any]:
+    """The options of one of `OURS`, or of ``off``."""
+    if name == UNOVERLAPPED:
+        return {"strategy": "alltoall", "overlap": "off"}
+    if name in (AUTO, AUTO_EVEN):
+        return {"even_tokens": name == AUTO_EVEN}
+    strategy = "allgather" if name in FIXED_EVEN else "alltoall"
+    return {"strategy": strategy, "overlap": int(name[-1])}
 
 
-def _ours(module: nn.Module, overlap: str, base: str) -> Program:
+def _ours(module: nn.Module, name: str, base: str) -> Program:
     reports: list[Any] = []
-    options = {"overlap": overlap_option(overlap), "base": base, "on_report": reports.append}
+    options = {**options_of(name), "base": base, "on_report": reports.append}
     compiled = torch.compile(
         module, backend="moe_fx", fullgraph=True, dynamic=False, options=options
     )
