@@ -177,7 +177,8 @@ def bench_command(
     compared with the original block, then all run in turn: compute only,
     exchange only, moe_fx without overlap, transformers' AllToAllEP eager and
     compiled, Inductor's own overlap scheduler, moe_fx in 1, 2, 4 and 8 chunks
-    and as it chooses itself.
+    and as it chooses itself; the same by all-gather, and as it chooses if
+    promised even numbers of tokens.
 
     How to read it. bound: the longer of compute and exchange, which no
     program can beat; / bound: 1.00 is perfect; hidden: the share of the time

@@ -30,9 +30,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from moe_fx.link import Link
+from moe_fx.plan import Span
 from moe_fx.rates import Compute
 
-__all__ = ["Choice", "Layer", "Prediction", "choose", "predict"]
+__all__ = ["Choice", "Layer", "Prediction", "choose", "predict", "timeline"]
 
 WORTHWHILE = 0.02
 """Share of a layer's time that more pieces must save to be chosen."""
@@ -177,8 +178,16 @@ class Pipeline:
     pieces: int = 1
 
 
-def simulate(pipeline: Pipeline, link: Link) -> Prediction:
-    wire = _Wire(link)
+def timeline(layer: Layer, link: Link, compute: Compute, choice: Choice) -> tuple[Span, ...]:
+    """What the forward's compute thread and link are predicted to do, by when it ends."""
+    spans: list[Span] = []
+    simulate(_PIPELINES[choice.strategy](layer, compute, choice, False), link, spans)
+    return tuple(sorted(spans, key=lambda span: (span.end, span.lane)))
+
+
+def simulate(pipeline: Pipeline, link: Link, spans: list[Span] | None = None) -> Prediction:
+    """``spans``: what was done is appended."""
+    wire = _Wire(link, [] if spans is None else spans)
     clock = _Clock(wire)
     clock.work(pipeline.before)
     clock.wait(wire.queue(0.0))  # the counts
@@ -199,14 +208,16 @@ class _Wire:
     """The link: exchanges numbered and served in order, each its latency and then its bytes, which
     go at the rate for as many exchanges as are in flight at the time."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, spans: list[Span]) -> None:
+        self.link, self.spans = link, spans
         self.pending: deque[list[float]] = deque()  # [latency left, bytes left]
         self.queued = self.done = 0
-        self.busy = 0.0
+        self.busy = self.now = self.began = 0.0
 
     def queue(self, num_bytes: float) -> int:
         """The number of the exchange."""
+        if not self.pending:
+            self.began = self.now
         self.pending.append([self.link.latency, num_bytes])
         self.queued += 1
         return self.queued
@@ -222,12 +233,16 @@ class _Wire:
         self.pending.popleft()
         self.done += 1
         self.busy += seconds
+        self.now += seconds
+        self.spans.append(Span("exchange", self.began, self.now))
+        self.began = self.now
         return seconds
 
     def run(self, seconds: float) -> None:
         """Carry on for so long."""
         while self.pending and self.left() <= seconds:
             seconds -= self.serve()
+        self.now += seconds
         if self.pending and seconds > 0:
             self.busy += seconds
             front = self.pending[0]
@@ -245,12 +260,20 @@ class _Clock:
         self.busy = self.waited = 0.0
 
     def work(self, seconds: float) -> None:
+        start = self.wire.now
         self.busy += seconds
         self.wire.run(seconds)
+        self._record("compute", start)
 
     def wait(self, number: int) -> None:
+        start = self.wire.now
         while self.wire.done < number:
             self.waited += self.wire.serve()
+        self._record("wait", start)
+
+    def _record(self, lane: str, start: float) -> None:
+        if self.wire.now > start:
+            self.wire.spans.append(Span(lane, start, self.wire.now))
 
 
 # -- a layer as a pipeline -------------------------------------------------------------------------

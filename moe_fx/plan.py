@@ -18,14 +18,27 @@ def slices(local_experts: int, chunks: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What one of "compute", "wait" (both of the compute thread) and "exchange" (of the link) does
+    from ``start`` to ``end``, in seconds from the layer's begin."""
+
+    lane: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Predicted:
     """What the cost model expects of a layer, in seconds. seconds: of this plan; compute, exchange:
-    each by itself; unoverlapped: of one chunk, waited for at once."""
+    each by itself; unoverlapped: of one chunk, waited for at once. timeline: of the forward as
+    planned; timeline_unoverlapped: in one chunk."""
 
     seconds: float
     compute: float
     exchange: float
     unoverlapped: float
+    timeline: tuple[Span, ...] = ()
+    timeline_unoverlapped: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)

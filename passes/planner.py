@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 
 from moe_fx.compat import resolve_group
-from moe_fx.cost import Choice, Layer, choose
+from moe_fx.cost import Choice, Layer, choose, timeline
 from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.combine import sums_plainly
 from moe_fx.passes.cost_layer import device_of, layer_of
-from moe_fx.plan import EVEN, ExchangePlan, Predicted, slices
+from moe_fx.plan import EVEN, ExchangePlan, Predicted, Span, slices
 from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
 
@@ -176,13 +176,27 @@ def _cheapest(
             for choice in candidates(strategies, layer.local_experts, context.options)
             if choice.legal(layer)
         ]
-        best, predictions = choose(layer, link, measured(device, layer.dtype), options)
+        compute = measured(device, layer.dtype)
+        best, predictions = choose(layer, link, compute, options)
         own = predictions[options.index(best)]
-        predicted = Predicted(own.seconds, own.compute, own.exchange, predictions[0].seconds)
+        predicted = Predicted(
+            own.seconds,
+            own.compute,
+            own.exchange,
+            predictions[0].seconds,
+            timeline(layer, link, compute, best),
+            timeline(layer, link, compute, options[0]),
+        )
         return {"choice": asdict(best), "predicted": asdict(predicted)}
 
     found = decide(group, f"{list(strategies)} {_kind(layer)}", chosen, timeout)
-    return Choice(**found["choice"]), Predicted(**found["predicted"])
+    return Choice(**found["choice"]), _predicted(**found["predicted"])
+
+
+def _predicted(timeline: Any, timeline_unoverlapped: Any, **seconds: float) -> Predicted:
+    """From JSON."""
+    spans = [tuple(Span(**each) for each in found) for found in (timeline, timeline_unoverlapped)]
+    return Predicted(**seconds, timeline=spans[0], timeline_unoverlapped=spans[1])
 
 
 def _kind(layer: Layer) -> str:

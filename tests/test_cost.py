@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_fx.cost import Choice, Layer, Pipeline, Prediction, choose, predict, simulate
+from moe_fx.cost import Choice, Layer, Pipeline, Prediction, choose, predict, simulate, timeline
 from moe_fx.link import Link
 from moe_fx.rates import measured
 
@@ -59,6 +59,19 @@ def test_two_pieces_hide_the_middle() -> None:
     two = predict(LAYER, LINK, GEMMS, Choice(2))
     assert two == Prediction(1 + 3 + 16 + 5, 16, 1 + 3 + 5 + 5 + 5, 9)
     assert predict(LAYER, LINK, GEMMS, Choice(1, 2)) == two
+
+
+def test_the_timeline_is_what_was_added_up() -> None:
+    spans = timeline(LAYER, LINK, GEMMS, Choice(2))
+    assert spans[-1].end == 25
+    lanes = {lane: [(s.start, s.end) for s in spans if s.lane == lane] for lane in LANES}
+    # counts until 1, first rows there at 4, computed until 12; second rows there at 9 ...
+    assert lanes["compute"] == [(4, 12), (12, 20)]
+    assert lanes["exchange"] == [(0, 1), (1, 4), (4, 9), (12, 17), (20, 25)]
+    assert lanes["wait"] == [(0, 1), (1, 4), (20, 25)]
+
+
+LANES = ("compute", "wait", "exchange")
 
 
 def test_a_slow_link_is_never_idle_once_dispatched() -> None:
@@ -223,3 +236,38 @@ def test_measured_rates() -> None:
 def test_rates_are_measured_on_real_tensors_while_a_compiler_traces() -> None:
     with FakeTensorMode():
         assert measured(torch.device("cpu"), torch.float64).gemm_seconds(8, 32, 48) > 0
+
+
+def test_an_allgather_sends_tokens_and_an_alltoall_pairs() -> None:
+    wide = replace(LAYER, dispatch_bytes=100.0, combine_bytes=100.0)
+    gathered = predict(wide, LINK, GEMMS, Choice(strategy="allgather"))
+    # sizes 1; 8 tokens of 100 bytes with two ids and weights of 8 bytes: 1 + 8 * 116; experts 16;
+    # shares of 8 tokens back: 1 + 800
+    assert gathered == Prediction(1 + 929 + 16 + 801, 16, 1 + 929 + 801, 1 + 929 + 801)
+    options = [Choice(), Choice(strategy="allgather")]
+    assert choose(wide, LINK, GEMMS, options)[0].strategy == "alltoall"  # of two pairs one travels
+    assert choose(replace(wide, top_k=4), LINK, GEMMS, options)[0].strategy == "allgather"
+
+
+def test_slots_travel_filled_or_not() -> None:
+    exact = predict(LAYER, LINK, GEMMS, Choice())
+    for factor, slots in ((None, 2.0), (1.5, 1.5), (1.0, 1.0)):
+        padded = predict(LAYER, LINK, GEMMS, Choice(1, 1, "padded_alltoall", factor))
+        # 8 pairs of one byte travel there and back
+        assert padded.exchange == pytest.approx(exact.exchange + 2 * 8 * (slots - 1))
+        assert padded.compute == exact.compute
+
+
+def test_weights_travel_whatever_the_tokens() -> None:
+    few, many = (
+        predict(replace(LAYER, tokens=n), LINK, GEMMS, Choice(strategy="gather_weights"))
+        for n in (8, 800)
+    )
+    # half of 8 experts of 12 elements of 4 bytes; two more exchanges of nothing
+    assert few.exchange == many.exchange == 3 + 8 * 12 * 4 / 2
+    assert many.compute == pytest.approx(100 * few.compute)
+
+
+def test_tokens_are_cut_where_experts_are_not() -> None:
+    assert Choice(1, 4, "allgather").legal(LAYER)
+    assert not Choice(4, 1, "allgather").legal(LAYER)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import moe_fx
+from moe_fx.plan import Predicted, Span
 from moe_fx.region import Declined, Region
 from moe_fx.report import Report
 from moe_fx.tiny import tiny_model
@@ -207,7 +208,10 @@ def test_what_was_verified_and_planned_is_on_the_page(page: str) -> None:
     text = " ".join(re.sub(r"<[^>]+>", "", page).split())
     assert "by value: random routing; only the last experts; only the first experts" in text
     assert re.search(r"on 4 ranks; largest relative difference \d\.\de-\d\d", text)
-    assert "alltoall, 4 ranks of 4 experts; the host waits at moe_fx::split_sizes" in text
+    assert (
+        "alltoall, 4 ranks of 4 experts; not capture-safe: moe_fx::split_sizes waits for the device"
+        in text
+    )
 
 
 def test_layers_that_are_alike_are_shown_once(page: str) -> None:
@@ -227,6 +231,23 @@ def test_a_report_of_a_compiled_model_has_the_graphs_too() -> None:
     torch.compile(two_layers, backend="moe_fx", options=options)(*arguments(12, 32))
     assert report.to_html().count("moe_fx.grouped_mm") >= 2
     assert all(region.listing is not None for region in report.regions)
+
+
+def test_the_page_draws_the_predicted_timeline() -> None:
+    report = moe_fx.explain(Layer(), tokens(12, 32), ranks=2)
+    assert "<svg" not in report.to_html()
+    whole = (Span("wait", 0, 1), Span("exchange", 0, 1), Span("compute", 1, 3))
+    halves = (Span("wait", 0, 0.5), Span("exchange", 0, 1), Span("compute", 0.5, 2.5))
+    predicted = Predicted(2.5, 2, 1, 3, halves, whole)
+    report.plans = [replace(report.plans[0], predicted=predicted)]
+    page = report.to_html()
+    widths = re.findall(r'<rect class="compute"[^>]*width="([\d.]+)"', page)
+    assert widths == ["440.00", "440.00"]  # two of three seconds
+    assert "3e+03 ms" in page and "2.5e+03 ms" in page
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    jsonschema.validate(json.loads(report.to_json()), Report.json_schema())
 
 
 HOSTILE = "<script>alert('&')</script>"
