@@ -50,7 +50,7 @@ def moe_fx_backend(
         compiled = compile_ordered(rewritten, example_inputs, parsed)
     else:
         compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
-    groups = {plan.group_name for plan in report.plans if plan.exchanges}
+    groups = {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
     if not groups:

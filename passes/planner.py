@@ -116,13 +116,17 @@ def planned(
 
 
 def fitting_strategies(region: Region, options: Options) -> list[str]:
-    """Those that may be taken, the one for when nothing is measured first."""
+    """Those that may be taken, the one for when nothing is measured first.
+
+    Unless asked for, weights stay where they are: gathered, those of all layers would be in memory
+    until the backward, and what is best for a prompt would be worst for the tokens after it.
+    """
     if options.strategy != "auto":
         reason = _misfit(region, options.strategy)
         if reason:
             raise Misfit(f"strategy={options.strategy!r} does not fit: {reason}")
         return [options.strategy]
-    wanted = ["alltoall", "gather_weights", *(["allgather"] if options.even_tokens else [])]
+    wanted = ["alltoall", *(["allgather"] if options.even_tokens else [])]
     return [strategy for strategy in wanted if not _misfit(region, strategy)]
 
 

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import moe_fx
 from moe_fx import decide
@@ -125,14 +124,12 @@ def test_other_numbers_of_tokens_are_an_error_on_every_rank(
         assert "the same number of tokens on every rank" in message
 
 
-def chosen(rank: int, link: Link, even: bool, program: str) -> ExchangePlan:
+def chosen(rank: int, link: Link, even: bool) -> ExchangePlan:
     torch._dynamo.reset()
     decide._decided.clear()
     reports: list[moe_fx.Report] = []
     group = dist.new_group()
     module = block("qwen3_moe", num_experts_per_tok=4)
-    if program == "gathered":
-        moe_fx.shard_experts(module, group)
     options = {
         "ep_group": group,
         "base": "eager",
@@ -151,28 +148,27 @@ NARROW = Link(latency=1e-5, alone=1e-6, busy=6e-7)
 def test_tokens_that_have_four_experts_on_two_ranks_go_everywhere_once_if_they_may(
     ranks2: RankPool,
 ) -> None:
-    assert {p.strategy for p in ranks2.run(chosen, NARROW, True, "replicated")} == {"allgather"}
-    assert {p.strategy for p in ranks2.run(chosen, NARROW, False, "replicated")} == {"alltoall"}
+    assert {p.strategy for p in ranks2.run(chosen, NARROW, True)} == {"allgather"}
+    assert {p.strategy for p in ranks2.run(chosen, NARROW, False)} == {"alltoall"}
 
 
-def test_small_weights_travel_instead_of_many_tokens(ranks2: RankPool) -> None:
-    few = {p.strategy for p in ranks2.run(small_experts, 16)}
-    many = {p.strategy for p in ranks2.run(small_experts, 4096)}
-    assert (few, many) == ({"alltoall"}, {"gather_weights"})
+def test_weights_stay_unless_asked_for(ranks2: RankPool) -> None:
+    """However many the tokens, and small the weights."""
+    assert {plan.strategy for plan in ranks2.run(small_experts, "auto")} == {"alltoall"}
+    plans = ranks2.run(small_experts, "gather_weights")
+    assert {plan.strategy for plan in plans} == {"gather_weights"}
 
 
-def small_experts(rank: int, count: int) -> ExchangePlan:
+def small_experts(rank: int, strategy: str) -> ExchangePlan:
     torch._dynamo.reset()
     decide._decided.clear()
     reports: list[moe_fx.Report] = []
     group = dist.new_group()
     module = block("qwen3_moe", moe_intermediate_size=8)
     moe_fx.shard_experts(module, group)
-    compiled = torch.compile(
-        module, backend="moe_fx", options={"base": "eager", "on_report": reports.append}
-    )
+    options = {"base": "eager", "on_report": reports.append, "strategy": strategy}
+    compiled = torch.compile(module, backend="moe_fx", options=options)
     link = Link(latency=1e-5, alone=1e-6, busy=1e-6)
     with mock.patch.object(planner, "link_of", lambda *_: link), torch.no_grad():
-        values: Tensor = tokens(1, count, 64, seed=rank)
-        compiled(values)
+        compiled(tokens(1, 4096, 64, seed=rank))
     return reports[0].plans[0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_fx.errors import ConfigurationError
+from moe_fx.options import parse_options
 from tests.passes.graphs import (
     block,
     captured,
@@ -179,3 +182,18 @@ def test_weights_that_nobody_gathers_cannot_travel() -> None:
     )
     assert graph is None
     assert "each rank has them whole" in report.declined[0].reason
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"strategy": "alltoall", "capacity_factor": 1.0}, "padded_alltoall"),
+        ({"capacity_factor": 1.0}, "not 'auto'"),
+        ({"strategy": "allgather", "capacity_factor": 0.0}, "greater than 0"),
+        ({"strategy": "allgather", "on_overflow": "drop"}, "without a capacity_factor"),
+        ({"strategy": "broadcast"}, "'gather_weights'"),
+    ],
+)
+def test_options_that_mean_nothing_are_errors(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        parse_options(given)
