@@ -35,7 +35,7 @@ class Options(BaseModel):
         compiled, equal layers once; "always": every layer.
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     strategy: how tokens and experts meet (`moe_fx.plan.ExchangePlan`); "auto": what costs least of
-        those that are right whatever the routing, on whatever numbers of tokens.
+        "alltoall" and, with even_tokens, "allgather".
     even_tokens: a promise that in every step all ranks have the same number of tokens, checked when
         the graph runs: lets "auto" take "allgather" too. Asking for a strategy that needs it is to
         promise it.

@@ -27,6 +27,7 @@ from moe_fx.passes.roles import (
     is_grouped_matmul,
     is_unary_rowwise,
     shape,
+    value,
 )
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Parts
@@ -107,6 +108,13 @@ class Emitter:
         assert isinstance(source, Node)
         local = self.owned(source)
         return table if local is source else self.copy(table, lambda n: local if n is source else n)
+
+
+def weighed(emitter: Emitter, rows: Node, factor: Node) -> Node:
+    """Rows of tokens times their routing weights, in the tokens' dtype."""
+    product = emitter.call(aten.mul.Tensor, rows, factor)
+    dtype = value(emitter.parts.tokens).dtype
+    return emitter.call(aten._to_copy.default, product, dtype=dtype)
 
 
 def is_permuting(parts: Parts, node: Node) -> bool:

@@ -32,7 +32,7 @@ from moe_fx.passes.roles import (
     shape,
     value,
 )
-from moe_fx.passes.selectors import SELECTS, dim_of
+from moe_fx.passes.selectors import SELECTS, SORTS, dim_of
 
 aten = torch.ops.aten
 
@@ -47,7 +47,6 @@ _MOVES = (
     aten.index_select.default,
     aten.gather.default,
 )
-_SORTS = (aten.sort.default, aten.sort.stable)
 
 
 def drop_masks_of_nothing(graph: Graph) -> None:
@@ -74,14 +73,15 @@ def drop_masks_of_nothing(graph: Graph) -> None:
 def _bound(node: Node, bounds: dict[Node, int]) -> int | None:
     source: Any = node.args[0] if node.args else None
     if node.target in _MOVES and source in bounds and is_integer(node):
-        return bounds[source]
+        fits = bounds[source] - 1 <= torch.iinfo(value(node).dtype).max  # else they wrap around
+        return bounds[source] if fits else None
     if node.target is aten.argmax.default and dim_of(node) is not None:
         return _size(source, dim_of(node))
     if node.target is not operator.getitem:
         return None
     of, at = node.args
     assert isinstance(of, Node)
-    if of.target in _SORTS and at == 0:
+    if of.target in SORTS and at == 0:
         return bounds.get(of.args[0])  # type: ignore[arg-type]
     if of.target in SELECTS and at == 1:
         return _size(of.args[0], dim_of(of))

@@ -7,6 +7,7 @@ magnitude faster. ``histc`` takes integers, as on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.fx.node import map_aggregate
 
 from moe_fx.passes.roles import is_grouped_matmul
 
+aten = torch.ops.aten
+
+Reference = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
+
 _COARSE = (torch.float16, torch.bfloat16)
-
-
 _HOST = torch.device("cpu")
 
 
@@ -27,20 +30,25 @@ def on_host(arguments: Any) -> Any:
     return map_aggregate(arguments, lambda a: _HOST if isinstance(a, torch.device) else a)
 
 
-def reference_ops(module: GraphModule) -> dict[Any, Any]:
+def reference_ops(module: GraphModule) -> dict[Any, Reference]:
     """Overrides for `moe_fx.simulate.run` of ``module`` or a rewrite of it."""
     targets = {node.target for node in module.graph.nodes if is_grouped_matmul(node)}
-    targets.add(torch.ops.moe_fx.grouped_mm.default)
-    others = {torch.ops.aten.bmm.default: _batched, torch.ops.aten.histc.default: _histc}
-    return others | dict.fromkeys(targets, _grouped)
+    return _REFERENCES | dict.fromkeys(targets, _grouped)
 
 
-def call_on_host(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value of a captured node on values on the host."""
-    if is_grouped_matmul(node):
-        return grouped_matmul(*args[:3])
-    if node.target is torch.ops.aten.histc.default:
-        return _histc(node, args, kwargs)
+def call_on_host(node: Node, values: Mapping[Node, Any]) -> Any:
+    """The value of a captured node, of the values of its inputs."""
+
+    def given(argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return values[argument]
+        return _HOST if isinstance(argument, torch.device) else argument
+
+    args: Any = map_aggregate(node.args, given)
+    kwargs: Any = map_aggregate(node.kwargs, given)
+    reference = _grouped if is_grouped_matmul(node) else _REFERENCES.get(node.target)
+    if reference is not None:
+        return reference(node, args, kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
@@ -52,14 +60,16 @@ def _histc(_node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return torch.histc(values.double(), *others, **kwargs).to(values.dtype)
 
 
-def _grouped(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-    rows, *others = args[:3]
-    product = grouped_matmul(rows, *others)
+def _grouped(node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
+    rows, weight, offsets = args[:3]
+    product = _grouped_matmul(rows, weight, offsets)
+    if node.target is not torch.ops.moe_fx.grouped_mm.default:
+        return product
     behind = product.new_zeros((len(rows) - len(product), product.shape[1]))
     return torch.cat([product, behind])
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """``[R, D]`` rows sorted by expert times ``[E, D, N]``."""
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]
@@ -77,6 +87,13 @@ def _batched(_node: Node, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Ten
         return torch.bmm(left, right)
     pairs = zip(left.unbind(), right.unbind(), strict=True)
     return torch.stack([_matmul(a, b) for a, b in pairs])
+
+
+_REFERENCES: dict[Any, Reference] = {
+    torch.ops.moe_fx.grouped_mm.default: _grouped,
+    aten.bmm.default: _batched,
+    aten.histc.default: _histc,
+}
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -62,9 +62,10 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
                 found.add(user)
                 stack.append(user)
     num = selection.num_experts
-    missing = sorted(set(range(num)) - compared) if isinstance(num, int) else []
+    experts = set(range(num)) if isinstance(num, int) else set()
+    missing, compared = sorted(experts - compared), compared & experts
     if len(compared) < 2 or not missing:
-        return None
+        return None  # the caller's refusal says what there is to say
     names = ", ".join(map(str, missing))
     return Refusal(
         f"the selected ids are compared with {len(compared)} of {num} experts, never with {names}",

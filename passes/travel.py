@@ -24,9 +24,9 @@ import torch
 from torch.fx import Node
 
 from moe_fx.passes.combine import combine
-from moe_fx.passes.emitter import Emitter
+from moe_fx.passes.emitter import Emitter, weighed
 from moe_fx.passes.roles import shape
-from moe_fx.passes.travel_even import allgather, padded_alltoall, weighed
+from moe_fx.passes.travel_even import allgather, padded_alltoall
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx

@@ -31,7 +31,7 @@ from torch.fx import Node
 
 from moe_fx.cost import fill
 from moe_fx.passes.combine import combine, weights_of_sum
-from moe_fx.passes.emitter import Emitter
+from moe_fx.passes.emitter import Emitter, weighed
 from moe_fx.passes.roles import shape, value
 
 aten = torch.ops.aten
@@ -144,13 +144,6 @@ class _Exchange:
     def wait(self, handle: Node, sent: Node, at: int | None = None) -> Node:
         part, count = self.part(at), self.call(aten.sym_size.int, sent, 0)
         return self.call(ops.wait.default, handle, sent, part, part, self.group, count)
-
-
-def weighed(emitter: Emitter, rows: Node, factor: Node) -> Node:
-    """Rows of tokens times their routing weights, in the tokens' dtype."""
-    product = emitter.call(aten.mul.Tensor, rows, factor)
-    dtype = value(emitter.parts.tokens).dtype
-    return emitter.call(aten._to_copy.default, product, dtype=dtype)
 
 
 def _tokens(emitter: Emitter) -> Node:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.layout import Body
 from moe_fx.passes.names import view_root
-from moe_fx.passes.on_host import call_on_host, on_host
+from moe_fx.passes.on_host import call_on_host
 from moe_fx.passes.roles import Refusal, Selection, is_integer, shape, value
 from moe_fx.passes.sizes import random_tensor, scalar
 from moe_fx.passes.surroundings import Surroundings
@@ -132,7 +131,7 @@ class Trials:
         cut = _without_gradients(self.result.graph) if gradients else set()
         try:
             for node in self.nodes:
-                made = call(node, values)
+                made = call_on_host(node, values)
                 values[node] = made.detach() if node in cut and isinstance(made, Tensor) else made
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise Refusal(
@@ -191,13 +190,6 @@ class Trials:
         made = random_tensor(sizes, val.dtype, generator)
         scale = sizes[-1] ** -0.5 if len(sizes) > 1 else 1.0
         return made * scale if made.is_contiguous() and made.is_floating_point() else made
-
-
-def call(node: Node, values: Values) -> Any:
-    """One node on given values, on the host."""
-    args: Any = map_arg(on_host(node.args), values.__getitem__)
-    kwargs = map_arg(on_host(node.kwargs), values.__getitem__)
-    return call_on_host(node, args, kwargs)
 
 
 def _without_gradients(graph: Graph) -> set[Node]:

@@ -28,8 +28,9 @@ from torch.fx import Node
 
 from moe_fx.passes.gradients import relative_errors
 from moe_fx.passes.layout import Body
+from moe_fx.passes.on_host import call_on_host
 from moe_fx.passes.roles import Refusal, Selection, same, shape, value
-from moe_fx.passes.trials import Trials, Values, call
+from moe_fx.passes.trials import Trials, Values
 
 Shape = Literal["pairs", "experts", "experts first", "places", "ones"]
 
@@ -258,7 +259,7 @@ class _Sample:
             )
         for node in body.graph.nodes:
             if node.op == "call_function":
-                values[node] = call(node, values)
+                values[node] = call_on_host(node, values)
         return values[body.graph.output_node().args[0]]  # type: ignore[index]
 
     def error(self, weighing: Weighing) -> float:

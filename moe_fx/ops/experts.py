@@ -41,13 +41,13 @@ def _regroup_fake(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), rows.new_empty((rows.shape[0],), dtype=torch.int32)
 
 
-def _regroup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def regroup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.rows_shape = inputs[0].shape
     ctx.mark_non_differentiable(output[1])
 
 
-def _regroup_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, ...]:
+def regroup_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, ...]:
     (row_map,) = ctx.saved_tensors
     return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.rows_shape), None
 
@@ -163,8 +163,8 @@ define(
     "regroup(Tensor rows, Tensor recv_counts) -> (Tensor rows, Tensor row_map)",
     _regroup,
     _regroup_fake,
-    backward=_regroup_backward,
-    setup_context=_regroup_setup,
+    backward=regroup_backward,
+    setup_context=regroup_setup,
 )
 define(
     "grouped_mm(Tensor rows, Tensor weight, Tensor offsets, float? fill=None) -> Tensor",

@@ -30,6 +30,7 @@ from torch import Tensor
 from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
+from moe_fx.ops.experts import regroup_backward, regroup_setup
 
 INT = torch.int64
 
@@ -153,17 +154,16 @@ def _permute_padded_fake(
     )
 
 
-def _permute_padded_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.token_shape = inputs[0].shape
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _permute_padded_backward(
-    ctx: Any, grads: list[Tensor], _grad_map: Any, _grad_counts: Any
-) -> tuple[Any, ...]:
+def _permute_backward(ctx: Any, grads: Any, _grad_map: Any, _grad_counts: Any) -> tuple[Any, ...]:
+    """Of rows in one tensor or in pieces."""
     (row_map,) = ctx.saved_tensors
-    rows = torch.cat(list(grads))
+    rows = grads if isinstance(grads, Tensor) else torch.cat(list(grads))
     grad = torch.ops.moe_fx.unpermute(rows, row_map, None, ctx.token_shape, True)
     return grad, None, None, None, None, None, None, None
 
@@ -181,17 +181,6 @@ def _regroup_padded(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _regroup_padded_fake(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), rows.new_empty((rows.shape[0],), dtype=torch.int32)
-
-
-def _regroup_padded_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.rows_shape = inputs[0].shape
-    ctx.mark_non_differentiable(output[1])
-
-
-def _regroup_padded_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, ...]:
-    (row_map,) = ctx.saved_tensors
-    return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.rows_shape), None
 
 
 def _permute_local(
@@ -241,14 +230,6 @@ def _permute_local_fake(
         ids.new_empty((ids.numel(),), dtype=torch.int32),
         ids.new_empty((num_local,), dtype=INT),
     )
-
-
-def _permute_local_backward(
-    ctx: Any, grad_rows: Tensor, _grad_map: Any, _grad_counts: Any
-) -> tuple[Any, ...]:
-    (row_map,) = ctx.saved_tensors
-    grad = torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.token_shape, True)
-    return grad, None, None, None, None, None, None, None
 
 
 def _rank_slices(rows: Tensor, world_size: int, slices: int) -> list[Tensor]:
@@ -323,23 +304,23 @@ define(
     f"{_CAPACITY}) -> (Tensor[] rows, Tensor row_map, Tensor counts)",
     _permute_padded,
     _permute_padded_fake,
-    backward=_permute_padded_backward,
-    setup_context=_permute_padded_setup,
+    backward=_permute_backward,
+    setup_context=_permute_setup,
 )
 define(
     "regroup_padded(Tensor rows, Tensor recv_counts) -> (Tensor rows, Tensor row_map)",
     _regroup_padded,
     _regroup_padded_fake,
-    backward=_regroup_padded_backward,
-    setup_context=_regroup_padded_setup,
+    backward=regroup_backward,
+    setup_context=regroup_setup,
 )
 define(
     f"permute_local(Tensor tokens, Tensor ids, int first_expert, int num_local, int world_size, "
     f"{_CAPACITY}) -> (Tensor rows, Tensor row_map, Tensor counts)",
     _permute_local,
     _permute_local_fake,
-    backward=_permute_local_backward,
-    setup_context=_permute_padded_setup,
+    backward=_permute_backward,
+    setup_context=_permute_setup,
 )
 define(
     "rank_slices(Tensor rows, int world_size, int slices) -> Tensor[]",

@@ -171,9 +171,9 @@ def _bags(
             return rows.index_select(0, row_map)
         bags = row_map.view(num_tokens, -1)
         return bag(bags, rows, per_sample_weights=weights, mode="sum")
-    each = kept.view(num_tokens, -1).sum(1)
-    starts = (each.cumsum(0) - each).to(row_map.dtype)
     if rows.device.type == "cpu":
+        each = kept.view(num_tokens, -1).sum(1)
+        starts = (each.cumsum(0) - each).to(row_map.dtype)
         given = None if weights is None else weights.reshape(-1)[kept]
         return bag(row_map[kept], rows, starts, per_sample_weights=given, mode="sum")
     none = rows.shape[0]  # an empty row behind all, so that the host need not know how many

@@ -189,5 +189,13 @@ def relative_error(expected: Any, found: Any) -> float:
     return float(difference / left.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-30))
 
 
+def error_on_ranks(case: Captured, graphs: Sequence[GraphModule], seed: int = 10) -> float:
+    """Of the rewritten graphs, one per rank, against the captured one, each on its own tokens."""
+    inputs = [case.other_inputs(seed=seed + rank) for rank in range(len(graphs))]
+    with torch.no_grad():
+        expected = [case.module(*values) for values in inputs]
+    return relative_error(expected, run_ranks(graphs, inputs))
+
+
 def op_names(module: GraphModule) -> list[str]:
     return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]

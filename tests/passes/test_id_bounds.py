@@ -13,9 +13,8 @@ from tests.passes.graphs import (
     Captured,
     block,
     captured,
-    relative_error,
+    error_on_ranks,
     rewritten_on_ranks,
-    run_ranks,
     tokens,
 )
 
@@ -72,10 +71,7 @@ def test_rows_are_masked_or_there_is_nothing_to_mask(
     if graphs is None:
         assert report.declined[0].reason
         return
-    inputs = [case.other_inputs(seed=10 + rank) for rank in range(2)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
-    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+    assert error_on_ranks(case, graphs) <= 1e-5
 
 
 @pytest.mark.parametrize("impl", ["grouped_mm", "batched_mm"])

@@ -14,11 +14,10 @@ from moe_fx.options import parse_options
 from tests.passes.graphs import (
     block,
     captured,
+    error_on_ranks,
     op_names,
-    relative_error,
     rewritten,
     rewritten_on_ranks,
-    run_ranks,
     tokens,
 )
 from tests.spellings import SPELLINGS
@@ -40,10 +39,7 @@ def test_blocks_compute_the_same_without_a_host_sync(
     assert (plan.strategy, plan.host_sync) == (strategy, "")
     assert plan.token_slices == (1 if chunks == "off" else chunks)
     assert "moe_fx.split_sizes.default" not in op_names(graphs[0])
-    inputs = [case.other_inputs(seed=10 + rank) for rank in range(world)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
-    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+    assert error_on_ranks(case, graphs) <= 1e-5
 
 
 @pytest.mark.parametrize("strategy", EVEN)
@@ -64,10 +60,7 @@ def test_bfloat16(strategy: str) -> None:
     )
     graphs, report = rewritten_on_ranks(case.module, 2, strategy=strategy, overlap=2)
     assert graphs is not None, report.declined
-    inputs = [case.other_inputs(seed=10 + rank) for rank in range(2)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
-    assert relative_error(expected, run_ranks(graphs, inputs)) <= 2e-2
+    assert error_on_ranks(case, graphs) <= 2e-2
 
 
 @pytest.mark.parametrize("strategy", EVEN)
@@ -77,18 +70,12 @@ def test_spellings_read_by_value(name: str, strategy: str) -> None:
     case = captured(spelling.build(), spelling.tokens())
     graphs, report = rewritten_on_ranks(case.module, 2, strategy=strategy, overlap=2)
     assert graphs is not None, report.declined
-    inputs = [case.other_inputs(seed=20 + rank) for rank in range(2)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
-    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+    assert error_on_ranks(case, graphs) <= 1e-5
 
 
 @pytest.mark.parametrize("strategy", EVEN)
 def test_enough_capacity_changes_nothing_and_too_little_is_an_error_or_drops(strategy: str) -> None:
     case = captured(block("qwen3_moe"), tokens(1, 24, 64))
-    inputs = [case.other_inputs(seed=10 + rank) for rank in range(2)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
 
     def found(**given: object) -> float:
         graphs, report = rewritten_on_ranks(
@@ -99,7 +86,7 @@ def test_enough_capacity_changes_nothing_and_too_little_is_an_error_or_drops(str
             **given,  # type: ignore[arg-type]
         )
         assert graphs is not None, report.declined
-        return relative_error(expected, run_ranks(graphs, inputs))
+        return error_on_ranks(case, graphs)
 
     assert found(capacity_factor=2.0) <= 1e-5
     with pytest.raises(RuntimeError, match="capacity_factor"):
@@ -138,10 +125,7 @@ def test_weights_on_the_tokens_of_one_expert_each(strategy: str) -> None:
     case = captured(TopOneOnTokens(), tokens(22, 32))
     graphs, report = rewritten_on_ranks(case.module, 2, strategy=strategy, overlap=2)
     assert graphs is not None, report.declined
-    inputs = [case.other_inputs(seed=20 + rank) for rank in range(2)]
-    with torch.no_grad():
-        expected = [case.module(*values) for values in inputs]
-    assert relative_error(expected, run_ranks(graphs, inputs)) <= 1e-5
+    assert error_on_ranks(case, graphs) <= 1e-5
 
 
 @pytest.mark.parametrize("strategy", EVEN)
