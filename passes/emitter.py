@@ -194,8 +194,7 @@ class _Experts:
         return self._multiply(ops.grouped_mm.default, rows, self._local(table))
 
     def _multiply(self, op: Callable[..., Any], rows: Node, weights: Any) -> Node:
-        filled = () if self.fill is None else (self.fill,)
-        return self.call(op, rows, weights, self.offsets, *filled)
+        return self.call(op, rows, weights, self.offsets, self.fill)
 
     def _separate(self, table: Node) -> list[Node] | None:
         """The slice's matrices behind a table that is a stack of them, so that no copy is made."""

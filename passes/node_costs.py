@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.compat import number, resolve_group, symbols
 from moe_fx.link import known
-from moe_fx.passes.roles import VIEWS
+from moe_fx.passes.roles import VIEWS, argument
 from moe_fx.rates import Compute, measured
 
 aten = torch.ops.aten
@@ -158,7 +158,8 @@ class GraphCosts:
         if node.target is ops.grouped_mm_grad_weight.default:
             (groups,) = self._dims(node.args[2])
             return compute.gemm_seconds(rows[0] / groups, rows[1], weight[-1], groups)
-        fill: Any = node.args[3] if node.target in _FILLED and len(node.args) > 3 else 1.0
+        fill: Any = argument(node, 3, "fill") if node.target in _FILLED else None
+        fill = 1.0 if fill is None else fill
         if len(weight) == 3:
             each = rows[1] if len(rows) == 3 else fill * rows[0] / weight[0]
             return compute.gemm_seconds(each, rows[-1], weight[-1], weight[0])

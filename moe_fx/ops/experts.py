@@ -82,7 +82,7 @@ def _grouped_mm_fake(
 
 
 def _grouped_mm_list(
-    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None = None
+    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None
 ) -> Tensor:
     out = rows.new_empty((rows.shape[0], weights[0].shape[1]))
     start = 0
@@ -94,7 +94,7 @@ def _grouped_mm_list(
 
 
 def _grouped_mm_list_fake(
-    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None = None
+    rows: Tensor, weights: list[Tensor], offsets: Tensor, fill: float | None
 ) -> Tensor:
     return rows.new_empty((rows.shape[0], weights[0].shape[1]))
 
@@ -174,7 +174,9 @@ define(
     setup_context=_grouped_mm_setup,
 )
 define(
-    "grouped_mm_list(Tensor rows, Tensor[] weights, Tensor offsets, float? fill=None) -> Tensor",
+    # No default: torch leaves defaulted arguments out of the inputs whose gradients an op with a
+    # list of tensors has to give.
+    "grouped_mm_list(Tensor rows, Tensor[] weights, Tensor offsets, float? fill) -> Tensor",
     _grouped_mm_list,
     _grouped_mm_list_fake,
     backward=_grouped_mm_list_backward,

@@ -187,5 +187,10 @@ def test_opcheck() -> None:
     weights = torch.rand(6, 2, requires_grad=True)
     row_map = torch.randperm(12, dtype=torch.int32)
     opcheck(ops.unpermute.default, (rows, row_map, weights, [6, 5], True))
+    offsets = torch.tensor([1, 4], dtype=torch.int32)
+    matrices = [torch.randn(5, 8, requires_grad=True) for _ in range(2)]
+    opcheck(ops.grouped_mm_list.default, (tokens, matrices, offsets, 0.7))
+    every = torch.tensor([1, 6], dtype=torch.int32)
+    opcheck(ops.grouped_mm_list.default, (tokens, matrices, every, None))
     weight = torch.randn(2, 5, 8, requires_grad=True)
-    opcheck(ops.grouped_mm.default, (tokens, weight, torch.tensor([1, 4], dtype=torch.int32), 0.7))
+    opcheck(ops.grouped_mm.default, (tokens, weight, offsets, 0.7))
