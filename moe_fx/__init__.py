@@ -14,7 +14,13 @@ __version__ = "0.1.0"
 require_supported_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
-from moe_fx.errors import ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
+from moe_fx.dispatcher import (  # noqa: E402
+    MoEAlltoAllSeqOverLapDispatcher,
+    MoEDispatcher,
+    MoEDispatcherConfig,
+    interleave,
+)
+from moe_fx.errors import BadInput, ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
 from moe_fx.estimate import inductor_runtime_estimation  # noqa: E402
 from moe_fx.explain import explain  # noqa: E402
 from moe_fx.graph_pass import MoEPass  # noqa: E402
@@ -24,8 +30,12 @@ from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
 
 __all__ = [
+    "BadInput",
     "ConfigurationError",
     "Declined",
+    "MoEAlltoAllSeqOverLapDispatcher",
+    "MoEDispatcher",
+    "MoEDispatcherConfig",
     "MoEPass",
     "MoeFxError",
     "NothingMatched",
@@ -38,6 +48,7 @@ __all__ = [
     "expert_parameter_bytes",
     "explain",
     "inductor_runtime_estimation",
+    "interleave",
     "ops",
     "shard_experts",
 ]

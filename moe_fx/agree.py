@@ -23,6 +23,7 @@ from moe_fx.errors import RanksDiffer
 from moe_fx.plan import ExchangePlan
 
 _published: dict[str, list[str]] = {}
+_used: dict[str, list[str]] = {}
 _agreed: set[tuple[str, str]] = set()
 
 
@@ -65,6 +66,26 @@ def ensure(group_name: str, text: str, timeout: float) -> None:
     if (group_name, text) not in _agreed:
         publish(group_name, text)
         compare(resolve_group(group_name), text, timeout)
+
+
+def ensure_same(group_name: str, text: str, timeout: float) -> None:
+    """All ranks of the group use a dispatcher that ``text`` describes; asks them once, as often as
+    they use others, in the same order."""
+    if (group_name, text) in _agreed:
+        return
+    group = resolve_group(group_name)
+    store, place = group_store(group), len(_used.setdefault(group_name, []))
+    keys = {rank: store_key(group, f"used/{rank}/{place}") for rank in range(group.size())}
+    store.set(keys[group.rank()], text)
+    _used[group_name].append(text)
+    wait_for(group, keys, timeout, "dispatches tokens")
+    for rank, key in keys.items():
+        if (theirs := store.get(key).decode()) != text:
+            raise RanksDiffer(
+                f"Ranks dispatch differently, which would hang: rank {group.rank()} has {text}, "
+                f"rank {rank} has {theirs}. Give every rank the same configuration."
+            )
+    _agreed.add((group_name, text))
 
 
 def publish(group_name: str, text: str) -> None:

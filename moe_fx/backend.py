@@ -39,7 +39,7 @@ def moe_fx_backend(
     parsed = parse_options(options)
     check_devices(parsed.ep_group, example_inputs)
     report = Report()
-    rewritten = rewrite(module, example_inputs, parsed, report)
+    rewritten, groups = rewrite(module, example_inputs, parsed, report)
     if parsed.on_report is not None:
         parsed.on_report(report)
     log.info("%s", report)
@@ -50,7 +50,7 @@ def moe_fx_backend(
         compiled = compile_ordered(rewritten, example_inputs, parsed)
     else:
         compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
-    groups = {plan.group_name for plan in report.plans if plan.group_name}
+    groups |= {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
     if not groups:
@@ -61,17 +61,18 @@ def moe_fx_backend(
 
 def rewrite(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
-) -> GraphModule:
-    """The expert-parallel graph, or ``module`` itself, untouched, if no region was accepted."""
+) -> tuple[GraphModule, set[str]]:
+    """The expert-parallel graph, or ``module`` itself, untouched, if no region was accepted; and
+    the groups that it exchanged tokens over as it came."""
     if not may_select_experts(module):
         report.graphs += 1
-        return module
+        return module, set()
     try:
         captured = capture(module, example_inputs)
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return module
+        return module, set()
     context = passes.Context(
         options=options,
         report=report,
@@ -80,7 +81,7 @@ def rewrite(
         measures=True,
     )
     result = passes.run(captured, context, passes.pipeline(options.base in ORDERS_LATER))
-    return module if result is captured else result
+    return module if result is captured else result, context.exchange_groups
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

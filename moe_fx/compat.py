@@ -35,12 +35,14 @@ __all__ = [
     "base_compiler",
     "data_dependent_size",
     "decomposed",
+    "exchange_equal_rows",
     "export_functional",
     "graph_breaks",
     "group_store",
     "inductor_passes",
     "number",
     "real_tensors",
+    "reduce_scatter_rows",
     "resolve_group",
     "statically_known_true",
     "symbols",
@@ -114,6 +116,26 @@ def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(
         collectives.all_gather_into_tensor(shard, group_size, group_name)
+    )
+
+
+def reduce_scatter_rows(rows: Tensor, group_size: int, group_name: str) -> Tensor:
+    """``[group_size * n, ...]`` on each rank to ``[n, ...]``, the sum of this rank's block; waited
+    for. The gradient is the all-gather."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(
+        collectives.reduce_scatter_tensor(rows, "sum", group_size, group_name)
+    )
+
+
+def exchange_equal_rows(rows: Tensor, group_name: str) -> Tensor:
+    """``[group_size * n, ...]``: block ``r`` goes to rank ``r``; blocks arrive in rank order.
+    Waited for. The gradient is the same exchange."""
+    world = resolve_group(group_name).size()
+    sizes = [rows.shape[0] // world] * world
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(
+        collectives.all_to_all_single(rows.contiguous(), sizes, sizes, group_name)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "MoeFxError", "NothingMatched", "RanksDiffer"]
+__all__ = ["BadInput", "ConfigurationError", "MoeFxError", "NothingMatched", "RanksDiffer"]
 
 
 class MoeFxError(RuntimeError):
@@ -11,6 +11,10 @@ class MoeFxError(RuntimeError):
 
 class ConfigurationError(MoeFxError, ValueError):
     """The model, the process group or an option cannot be used as given."""
+
+
+class BadInput(MoeFxError, ValueError):
+    """Tensors given to a dispatcher, on this rank or another, cannot be dispatched."""
 
 
 class NothingMatched(MoeFxError):

@@ -28,10 +28,19 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """A way to run the layer that was weighed up, and the seconds that it is expected to take."""
+
+    strategy: str
+    chunks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Predicted:
     """What the cost model expects of a layer, in seconds. seconds: of this plan; compute, exchange:
     each by itself; unoverlapped: of one chunk, waited for at once. timeline: of the forward as
-    planned; timeline_unoverlapped: in one chunk."""
+    planned; timeline_unoverlapped: in one chunk. weighed: all that it chose from."""
 
     seconds: float
     compute: float
@@ -39,6 +48,7 @@ class Predicted:
     unoverlapped: float
     timeline: tuple[Span, ...] = ()
     timeline_unoverlapped: tuple[Span, ...] = ()
+    weighed: tuple[Weighed, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def _gather(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     return [full] * len(requests)
 
 
+def _gather_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    rows = torch.stack([torch.cat([counts, status]) for counts, status, *_ in requests])
+    return [rows] * len(requests)
+
+
 def _exchange_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     world = len(requests)
     blocks = torch.stack(
@@ -135,12 +140,14 @@ def _even_sizes(requests: list[tuple[Any, ...]]) -> list[Tensor]:
 _COLLECTIVES = {
     _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
     _OPS.exchange_counts.default: "exchange_counts",
+    _OPS.gather_counts.default: "gather_counts",
     _OPS.even_sizes.default: "even_sizes",
     _OPS.all_to_all.default: "all_to_all",
 }
 _EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
     "all_gather": _gather,
     "exchange_counts": _exchange_counts,
+    "gather_counts": _gather_counts,
     "even_sizes": _even_sizes,
     "all_to_all": _exchange_rows,
 }

@@ -17,11 +17,13 @@ from moe_fx.passes.plan_for_ranks import PlanForRanks
 from moe_fx.passes.planner import Plan
 from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.rewrite import Rewrite
+from moe_fx.passes.unexchange import Unexchange
 from moe_fx.passes.verify import Verify
 
 ANALYSIS: tuple[Pass, ...] = (
     Normalise(),
     Exchanged(),
+    Unexchange(),
     Recognise(),
     Plan(),
     Verify(),

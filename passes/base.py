@@ -16,6 +16,20 @@ from moe_fx.region import Region
 from moe_fx.report import Report
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """``result``, computed by ``nodes``, in place of ``captured``, which is of equal value
+    (`passes/unexchange.py`). gathers: of the nodes, waited-for all-gathers of ``shards``. replaced:
+    the nodes that compute ``captured``."""
+
+    captured: Node
+    result: Node
+    nodes: tuple[Node, ...]
+    gathers: tuple[Node, ...]
+    shards: tuple[Node, ...]
+    replaced: tuple[Node, ...]
+
+
 @dataclass
 class Context:
     """What passes share while they work on one graph.
@@ -27,6 +41,9 @@ class Context:
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.
+    stand_ins: filled by unexchange; the rewrite drops those that no region came of.
+    exchange_groups: those of dispatchers in the graph, whose ranks must agree whatever is made of
+        them.
     """
 
     options: Options
@@ -38,6 +55,8 @@ class Context:
     plans: list[ExchangePlan] = field(default_factory=list)
     origin: dict[Node, Node] = field(default_factory=dict)
     claimed: set[Node] = field(default_factory=set)
+    stand_ins: list[StandIn] = field(default_factory=list)
+    exchange_groups: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

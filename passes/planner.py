@@ -33,7 +33,7 @@ from moe_fx.options import Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.combine import sums_plainly
 from moe_fx.passes.cost_layer import device_of, layer_of
-from moe_fx.plan import EVEN, ExchangePlan, Predicted, Span, slices
+from moe_fx.plan import EVEN, ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
 
@@ -190,6 +190,10 @@ def _cheapest(
             predictions[0].seconds,
             timeline(layer, link, compute, best),
             timeline(layer, link, compute, options[0]),
+            tuple(
+                Weighed(choice.strategy, choice.pieces, prediction.seconds)
+                for choice, prediction in zip(options, predictions, strict=True)
+            ),
         )
         return {"choice": asdict(best), "predicted": asdict(predicted)}
 
@@ -197,10 +201,17 @@ def _cheapest(
     return Choice(**found["choice"]), _predicted(**found["predicted"])
 
 
-def _predicted(timeline: Any, timeline_unoverlapped: Any, **seconds: float) -> Predicted:
+def _predicted(
+    timeline: Any, timeline_unoverlapped: Any, weighed: Any, **seconds: float
+) -> Predicted:
     """From JSON."""
     spans = [tuple(Span(**each) for each in found) for found in (timeline, timeline_unoverlapped)]
-    return Predicted(**seconds, timeline=spans[0], timeline_unoverlapped=spans[1])
+    return Predicted(
+        **seconds,
+        timeline=spans[0],
+        timeline_unoverlapped=spans[1],
+        weighed=tuple(Weighed(**each) for each in weighed),
+    )
 
 
 def _kind(layer: Layer) -> str:

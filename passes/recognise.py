@@ -158,7 +158,10 @@ def recognise_by_value(
 
 
 def _program(parts: Parts, context: Context) -> str:
-    return "gathered" if parts.gathers else "replicated" if context.group else "local"
+    if parts.gathers:
+        put_there = {full for stand_in in context.stand_ins for full in stand_in.gathers}
+        return "exchanged" if {g.full for g in parts.gathers} <= put_there else "gathered"
+    return "replicated" if context.group else "local"
 
 
 def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.base import Context, Pass, PassResult, StandIn
 from moe_fx.passes.emitter import Emitter
 from moe_fx.passes.gathers import erase_if_unread
 from moe_fx.passes.roles import value
@@ -40,6 +40,8 @@ class Rewrite(Pass):
                 captured, stands_in = region.parts.replaces
                 captured.replace_all_uses_with(stands_in, propagate_meta=False)
                 erase_checks(module.graph, region.parts.captured)
+        for stand_in in context.stand_ins:
+            _settle(stand_in, module.graph, context.regions)
         module.graph.eliminate_dead_code()
         for gather in dict.fromkeys(g for region in context.regions for g in region.parts.gathers):
             erase_if_unread(gather)
@@ -56,6 +58,17 @@ def rewrite_region(graph: Graph, region: Region, plan: ExchangePlan) -> None:
         result = TRAVEL[plan.strategy](Emitter(graph, region.parts, plan))
     combined.replace_all_uses_with(result, propagate_meta=False)
     result.meta.update({k: v for k, v in combined.meta.items() if k == "val"})
+
+
+def _settle(stand_in: StandIn, graph: Graph, regions: Iterable[Region]) -> None:
+    """Keep what a region was made of; otherwise take the captured program back."""
+    gathered = {gather.full for region in regions for gather in region.parts.gathers}
+    if not gathered.isdisjoint(stand_in.gathers):
+        erase_checks(graph, stand_in.replaced)
+        return
+    stand_in.result.replace_all_uses_with(stand_in.captured, propagate_meta=False)
+    for node in reversed(stand_in.nodes):
+        graph.erase_node(node)
 
 
 def erase_checks(graph: Graph, gone: Iterable[Node]) -> None:

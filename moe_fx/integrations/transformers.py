@@ -1,4 +1,6 @@
-"""transformers: load only this rank's experts with transformers' own loader.
+"""transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), and `sharded_loading`.
+
+`sharded_loading` loads only this rank's experts with transformers' own loader.
 
 The loader reads a checkpoint tensor straight into a parameter's layout, stacking experts that are
 stored one by one, and for a parameter that is a DTensor reads only the local shard. So during
@@ -28,12 +30,15 @@ from moe_fx.checkpoint import open_safetensors
 from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
+from moe_fx.integrations.expert_parallel import register
 from moe_fx.unshard import install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["sharded_loading"]
+
+register()
 
 
 @contextmanager

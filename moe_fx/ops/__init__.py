@@ -10,16 +10,19 @@
 | ``chunk_keys`` | what pairs are sorted by where they travel in chunks |
 | ``permute_chunks`` / ``unpermute_chunks`` | as ``permute`` / ``unpermute``, rows in chunks |
 | ``regroup`` | received rows, by source rank, to rows by local expert |
+| ``arrived_experts`` | the local expert of each row as rows arrive |
 | ``permute_padded`` / ``regroup_padded`` | as ``permute`` / ``regroup``, in buffers of fixed size |
 | ``permute_local`` | rows of the own experts, from every rank's tokens |
 | ``rank_slices`` / ``row_experts`` | every rank's rows in slices / the expert of each row |
 | ``even_sizes`` | that ranks exchange equal parts, checked; the sizes on the host, without a sync |
+| ``dispatch_counts`` / ``gather_counts`` | counts with a status / those of all ranks |
+| ``checked_sizes`` | as ``split_sizes``; an error on all ranks if one's status is bad |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |
 """
 
 from __future__ import annotations
 
-from moe_fx.ops import chunks, exchange, experts, padded, routing
+from moe_fx.ops import checked, chunks, exchange, experts, padded, routing
 
-__all__ = ["chunks", "exchange", "experts", "padded", "routing"]
+__all__ = ["checked", "chunks", "exchange", "experts", "padded", "routing"]

@@ -46,14 +46,16 @@ def _chunk_keys_fake(
 
 def _permute_chunks(tokens: Tensor, keys: Tensor, sizes: Tensor) -> tuple[list[Tensor], Tensor]:
     """``tokens [T, ...]`` to the rows of each chunk, sorted by key, and where each pair's row is in
-    all of them. ``sizes [C, 2, W]``: of `split_sizes`."""
+    all of them. ``sizes [C, 2, W]``: of `split_sizes`. Pairs of the highest keys, that no chunk has
+    room for, are dropped: their rows are past the end."""
     flat = keys.reshape(-1)
     top_k = keys.shape[1] if keys.dim() == 2 else 1
     order = torch.argsort(flat, stable=True)
     row_map = torch.empty_like(order, dtype=torch.int32)
     row_map[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
     token = order if top_k == 1 else order // top_k
-    pieces = token.split(sizes[:, 0].sum(1).tolist())
+    kept = sizes[:, 0].sum(1).tolist()
+    pieces = token[: sum(kept)].split(kept)
     return [tokens.index_select(0, piece) for piece in pieces], row_map
 
 
@@ -127,7 +129,7 @@ def _unpermute_chunks_grad(
     top_k = num_pairs // max(1, num_tokens)
     grad_rows = []
     grad_weights = torch.zeros_like(row_map if weights is None else weights)
-    for at, pairs in enumerate(order.split(sizes)):
+    for at, pairs in enumerate(order[: sum(sizes)].split(sizes)):
         piece = per_token.index_select(0, pairs if top_k == 1 else pairs // top_k)
         if weights is not None and rows is not None:
             products = piece * rows[at]

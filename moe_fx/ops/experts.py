@@ -52,6 +52,18 @@ def regroup_backward(ctx: Any, grad_rows: Tensor, _grad_map: Any) -> tuple[Any, 
     return torch.ops.moe_fx.unpermute(grad_rows, row_map, None, ctx.rows_shape), None
 
 
+def _arrived_experts(recv_counts: Tensor, num_rows: int) -> Tensor:
+    """``recv_counts [W, L] -> [R]`` int64: the local expert of each row as rows arrive, by source
+    rank and, within one, by local expert."""
+    world, local = recv_counts.shape
+    experts = torch.arange(local, device=recv_counts.device).repeat(world)
+    return experts.repeat_interleave(recv_counts.reshape(-1), output_size=num_rows)
+
+
+def _arrived_experts_fake(recv_counts: Tensor, num_rows: int) -> Tensor:
+    return recv_counts.new_empty((num_rows,))
+
+
 def _grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, fill: float | None = None) -> Tensor:
     """``fill``: not all rows are an expert's, about this share is; the result of others is 0."""
     if _aten_can_group(rows, weight):
@@ -159,6 +171,11 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_rows, grad_weight, None, None
 
 
+define(
+    "arrived_experts(Tensor recv_counts, SymInt num_rows) -> Tensor",
+    _arrived_experts,
+    _arrived_experts_fake,
+)
 define(
     "regroup(Tensor rows, Tensor recv_counts) -> (Tensor rows, Tensor row_map)",
     _regroup,

@@ -18,7 +18,7 @@ from moe_fx.ops._define import define, define_composite
 _NEG_INF = float("-inf")
 
 
-def _route(
+def gating_top_k(
     logits: Tensor,
     k: int,
     score: str = "softmax",
@@ -269,7 +269,7 @@ define_composite(
     "route(Tensor logits, int k, str score='softmax', Tensor? select_bias=None, int num_groups=1, "
     "int topk_group=1, str group_score='top2', bool renormalise=False, float eps=0.0, "
     "float scale=1.0) -> (Tensor weights, Tensor ids)",
-    _route,
+    gating_top_k,
 )
 define("expert_counts(Tensor ids, int num_experts) -> Tensor", _expert_counts, _expert_counts_fake)
 define(

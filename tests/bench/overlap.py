@@ -219,6 +219,7 @@ class _Bench:
             point = Point(name, routing, backward, ratio, rate_of(ratio), width, shares=shares)
             point.failed.update(template.failed)
             point.errors.update(template.errors)
+            point.predicted.update(template.predicted)
             point.compile_seconds.update(template.compile_seconds)
             self.network.set_rate(point.rate)
             self.time(point)
@@ -237,6 +238,7 @@ class _Bench:
                     continue
                 point.errors[name] = max(one.error for one in found)
                 point.compile_seconds[name] = max(one.seconds for one in found)
+                point.predicted.update(found[0].predicted)
                 if not point.errors[name] <= AGREEMENT:
                     point.failed[name] = (
                         f"differs from the original block by {point.errors[name]:.0e}, relative"

@@ -145,11 +145,13 @@ def route(rank: int, routing: str) -> list[float]:
 @dataclass(frozen=True)
 class Prepared:
     """error: largest difference from the original block, relative. seconds: of the first call.
-    refused: why the variant cannot run here, or ""."""
+    refused: why the variant cannot run here, or "". predicted: what its plan expects of it and of
+    the others that were weighed up."""
 
     error: float = 0.0
     seconds: float = 0.0
     refused: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
 
 
 def prepare(rank: int, name: str) -> Prepared:
@@ -174,7 +176,8 @@ def prepare(rank: int, name: str) -> Prepared:
             return Prepared(refused="no exchange was seen in the program, so none can be left out")
     with _exchanges_of(subject, name):
         found = subject.outcome(program.module, program.call)
-    return Prepared(max(map(_relative_error, found, subject.expected)), seconds)
+    error = max(map(_relative_error, found, subject.expected))
+    return Prepared(error, seconds, predicted=variants.predictions(name, program))
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

@@ -40,7 +40,8 @@ class Point:
     ratio: exchange / compute as asked for. rate: Mbit/s. samples: of each variant, and of
     ``exchange1`` … by pieces in flight, one a round: the slower rank's. failed: why a variant was
     not timed. errors: difference from the original block, relative. shares: each expert's, of rank
-    0's pairs. compile_seconds: of the first call, of each variant.
+    0's pairs. compile_seconds: of the first call, of each variant. predicted: by the cost model, of
+    variants.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class Point:
     failed: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     compile_seconds: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
 
     def seconds(self, name: str) -> float | None:
@@ -146,7 +148,7 @@ def show(point: Point, console: Console) -> None:
     """The table of one point."""
     table = Table(title=point.title, caption=_caption(point), caption_justify="left")
     table.add_column("program", no_wrap=True)
-    for heading in ("ms", "range", "/ bound", "hidden", "ours faster", "error"):
+    for heading in ("ms", "range", "predicted", "/ bound", "hidden", "ours faster", "error"):
         table.add_column(heading, justify="right")
     for name, title in TITLES.items():
         if name in point.failed:
@@ -158,6 +160,7 @@ def show(point: Point, console: Console) -> None:
             f"[bold]{title}[/]" if name == point.ours else title,
             _ms(point.seconds(name)),
             _spread(point.samples[name]),
+            _ms(point.predicted[name]) if name in point.predicted else "",
             _number(point.over_bound(name)) if compared else "",
             _percent(point.hidden(name)) if name in (*PEERS, *OURS) else "",
             _times(point.speedup(name)) if name in (UNOVERLAPPED, *PEERS) else "",

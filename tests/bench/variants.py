@@ -92,6 +92,20 @@ def options_of(name: str) -> dict[str, Any]:
     return {"strategy": strategy, "overlap": int(name[-1])}
 
 
+def predictions(name: str, program: Program) -> dict[str, float]:
+    """Seconds that the cost model expects, by variant: of an `AUTO` program and of what it chose
+    from."""
+    found: dict[str, float] = {}
+    for report in program.reports or ():
+        for plan in report.plans:
+            if plan.predicted is not None:
+                found[name] = plan.predicted.seconds
+                for way in plan.predicted.weighed:
+                    prefix = "chunks" if way.strategy == "alltoall" else way.strategy
+                    found[f"{prefix}{way.chunks}"] = way.seconds
+    return found
+
+
 def _ours(module: nn.Module, name: str, base: str) -> Program:
     reports: list[Any] = []
     options = {**options_of(name), "base": base, "on_report": reports.append}

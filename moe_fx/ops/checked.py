@@ -1,0 +1,131 @@
+"""Counts and sizes for callers who may be given anything: every rank learns what is wrong on any.
+
+A rank that raised on its own would leave the others waiting for it. So each sends, with its counts,
+a *status*; whoever reads the sizes reads all of them, and raises if one is bad. The check costs no
+exchange and no host sync of its own.
+
+Shapes: ``W`` ranks, ``E`` experts, ``L = E / W`` local ones, ``C`` expert slices.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_fx.agree import ensure_same
+from moe_fx.compat import resolve_group
+from moe_fx.errors import BadInput
+from moe_fx.ops._define import define
+
+FINE, OUT_OF_RANGE, REFUSED = range(3)
+"""Codes: all is well; an id is no expert's (detail: the id); the rank has raised an error of its
+own already."""
+STATUS_LENGTH = 4
+"""``[code, detail, hidden size, dtype]``; the last two as in `WIDTH` and `DTYPES`."""
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _dispatch_counts(
+    ids: Tensor, num_experts: int, width: int, dtype: int
+) -> tuple[Tensor, Tensor]:
+    """``counts [E], status [4]``, without a host sync where ids are on a device."""
+    flat = ids.reshape(-1).long()
+    bad = (flat < 0) | (flat >= num_experts)
+    none = torch.zeros(1, dtype=torch.int64, device=flat.device)
+    worst = torch.cat([torch.where(bad, flat, 0), none])
+    worst = worst[worst.abs().argmax()]
+    facts = torch.tensor([width, dtype], dtype=torch.int64, device=flat.device)
+    status = torch.cat([(bad.any().long() * OUT_OF_RANGE).view(1), worst.view(1), facts])
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat.clamp(0, num_experts - 1), (~bad).long()), status
+
+
+def _dispatch_counts_fake(
+    ids: Tensor, num_experts: int, width: int, dtype: int
+) -> tuple[Tensor, Tensor]:
+    counts = ids.new_empty((num_experts,), dtype=torch.int64)
+    return counts, ids.new_empty((STATUS_LENGTH,), dtype=torch.int64)
+
+
+def refused(num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What ``dispatch_counts`` gives for input that the rank has raised an error about."""
+    status = torch.tensor([REFUSED, 0, 0, 0], dtype=torch.int64, device=device)
+    return torch.zeros(num_experts, dtype=torch.int64, device=device), status
+
+
+def _gather_counts(
+    counts: Tensor, status: Tensor, group: str, agreed: str, timeout: float
+) -> Tensor:
+    """``counts [E], status [4] -> [W, E + 4]``, of every rank. agreed: what the group's ranks must
+    have in common for this exchange to fit, compared before the first one."""
+    ensure_same(group, agreed, timeout)
+    process_group = resolve_group(group)
+    sent = torch.cat([counts, status])
+    copies = sent.repeat(process_group.size(), 1)
+    received = torch.empty_like(copies)
+    dist.all_to_all_single(received, copies, group=process_group)
+    return received
+
+
+def _gather_counts_fake(
+    counts: Tensor, status: Tensor, group: str, agreed: str, timeout: float
+) -> Tensor:
+    return counts.new_empty((resolve_group(group).size(), counts.shape[0] + STATUS_LENGTH))
+
+
+def _checked_sizes(gathered: Tensor, num_experts: int, rank: int, chunks: int = 1) -> Tensor:
+    """``[C, 2, W]`` on the host, as of ``split_sizes``, chunks by expert. The one op that waits for
+    the device. Raises `BadInput` if any rank's status says so."""
+    host = gathered.cpu()
+    require_fine(host[:, num_experts:].tolist(), num_experts, rank)
+    world = host.shape[0]
+    counts = host[:, :num_experts].view(world, world, chunks, -1).sum(-1)  # source, owner, chunk
+    return torch.stack([counts[rank].t(), counts[:, rank].t()], 1)
+
+
+def _checked_sizes_fake(gathered: Tensor, num_experts: int, rank: int, chunks: int = 1) -> Tensor:
+    return torch.empty((chunks, 2, gathered.shape[0]), dtype=torch.int64, device="cpu")
+
+
+def require_fine(statuses: list[list[int]], num_experts: int, rank: int) -> None:
+    """statuses: of every rank. Raises `BadInput`, the same on all of them."""
+    bad = [
+        f"rank {at}"
+        + (
+            f": an expert id is {detail}, expected 0 to {num_experts - 1}"
+            if code == OUT_OF_RANGE
+            else " raised an error of its own, see there"
+        )
+        for at, (code, detail, _, _) in enumerate(statuses)
+        if code != FINE
+    ]
+    if bad:
+        raise BadInput(
+            f"The dispatcher was given bad input, and no rank exchanged any rows. {'; '.join(bad)}."
+        )
+    _, _, width, dtype = statuses[rank]
+    for at, (_, _, other_width, other_dtype) in enumerate(statuses):
+        if (other_width, other_dtype) != (width, dtype):
+            raise BadInput(
+                f"Ranks dispatch rows that do not fit together: rank {rank} has {width} features "
+                f"of {DTYPES[dtype]}, rank {at} has {other_width} of {DTYPES[other_dtype]}."
+            )
+
+
+define(
+    "dispatch_counts(Tensor ids, int num_experts, SymInt width, int dtype) -> "
+    "(Tensor counts, Tensor status)",
+    _dispatch_counts,
+    _dispatch_counts_fake,
+)
+define(
+    "gather_counts(Tensor counts, Tensor status, str group, str agreed, float timeout) -> Tensor",
+    _gather_counts,
+    _gather_counts_fake,
+)
+define(
+    "checked_sizes(Tensor gathered, int num_experts, int rank, int chunks=1) -> Tensor",
+    _checked_sizes,
+    _checked_sizes_fake,
+)

@@ -1,0 +1,192 @@
+"""A compiled dispatcher is a program that the passes recognise, cut into chunks and overlap."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moe_fx
+from moe_fx.testing import RankPool
+from tests.dispatcher.layers import GroupedLayer
+from tests.e2e.ranks import _RECORDED
+
+EXPERTS, TOP_K = 8, 2
+
+
+@dataclass
+class Seen:
+    error: float
+    gradients: dict[str, float]
+    program: list[str]
+    declined: list[str]
+    ops: Counter[str]
+    graphs: int
+    other_counts: list[float] = field(default_factory=list)
+
+
+def layer(rank: int, kind: type[GroupedLayer] = GroupedLayer) -> GroupedLayer:
+    local = EXPERTS // dist.get_world_size()
+    config = moe_fx.MoEDispatcherConfig(num_local_experts=local, moe_router_topk=TOP_K)
+    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config)
+    return kind(d, rank * local, local, EXPERTS)
+
+
+def tokens(rank: int, count: int) -> Tensor:
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(50 + rank))
+
+
+def compiled(
+    rank: int,
+    backend: str,
+    overlap: Any = 2,
+    dynamic: bool = False,
+    gradients: bool = True,
+    base: str = "recording",
+    kind: type[GroupedLayer] = GroupedLayer,
+) -> Seen:
+    with torch.set_grad_enabled(gradients):
+        return _compiled(rank, backend, overlap, dynamic, gradients, base, kind)
+
+
+def _compiled(
+    rank: int,
+    backend: str,
+    overlap: Any,
+    dynamic: bool,
+    gradients: bool,
+    base: str,
+    kind: type[GroupedLayer],
+) -> Seen:
+    module = layer(rank, kind)
+    x = tokens(rank, 6 + rank).requires_grad_(gradients)
+    expected = module(x)
+    wanted = _gradients(module, x, expected) if gradients else {}
+    reports: list[moe_fx.Report] = []
+    _RECORDED.clear()
+    options = {
+        "overlap": overlap,
+        "base": base,
+        "on_report": reports.append,
+        "strategy": "alltoall",
+    }
+    torch._dynamo.reset()
+    call = torch.compile(
+        module,
+        backend=backend,
+        fullgraph=True,
+        dynamic=dynamic,
+        options=options if backend == "moe_fx" else None,
+    )
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    found = call(x)
+    got = _gradients(module, x, found) if gradients else {}
+    others = []
+    if dynamic:
+        for count in (9 - rank, 3, 2 + rank):
+            y = tokens(rank, count).requires_grad_(gradients)
+            others.append(_relative(call(y), module(y)))
+    return Seen(
+        _relative(found, expected),
+        {name: _relative(got[name], each) for name, each in wanted.items()},
+        [region.program for report in reports for region in report.regions],
+        [d.reason for report in reports for d in report.declined],
+        Counter(str(n.target) for g in _RECORDED for n in g.graph.nodes),
+        len(reports),
+        others,
+    )
+
+
+def _gradients(module: GroupedLayer, x: Tensor, out: Tensor) -> dict[str, Tensor]:
+    names, leaves = zip(*module.named_parameters(), strict=True)
+    return dict(
+        zip((*names, "x"), torch.autograd.grad(out.square().sum(), (*leaves, x)), strict=True)
+    )
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_it_is_cut_into_chunks(ranks2: RankPool, gradients: bool, dynamic: bool) -> None:
+    for seen in ranks2.run(compiled, "moe_fx", 2, dynamic, gradients):
+        assert seen.program == ["exchanged"] and not seen.declined
+        assert seen.graphs == 1
+        assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
+        assert seen.ops["moe_fx.permute_chunks.default"] == 1
+        assert seen.ops["moe_fx.gather_counts.default"] == 0
+        assert "_c10d_functional.all_gather_into_tensor.default" not in seen.ops
+        assert seen.ops["moe_fx.all_to_all.default"] == 4
+        assert all(error <= 1e-5 for error in seen.other_counts)
+
+
+def test_shared_experts_fill_the_waiting(ranks2: RankPool) -> None:
+    """Order of the graph that runs: everything is started before anything is waited for."""
+    for seen in ranks2.run(compiled, "moe_fx", 4, False, False):
+        names = list(seen.ops)
+        assert seen.ops["moe_fx.all_to_all.default"] == 8
+        assert names.index("moe_fx.all_to_all.default") < names.index("moe_fx.wait.default")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_other_backends_run_it_as_one_graph(ranks2: RankPool, backend: str) -> None:
+    for seen in ranks2.run(compiled, backend):
+        assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
+
+
+def test_inductor_runs_the_chunks(ranks2: RankPool) -> None:
+    for seen in ranks2.run(compiled, "moe_fx", 4, False, True, "inductor"):
+        assert seen.program == ["exchanged"]
+        assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
+
+
+class MixesRows(GroupedLayer):
+    """Experts that are not the sum over their rows: chunks would change the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        d: Any = self.dispatcher
+        probs, ids = d.route(torch.nn.functional.linear(x, self.gate))
+        _, rows, counts = d.token_permutation(x, probs, ids)
+        rows = rows - rows.mean(0, keepdim=True)
+        ends = counts.cumsum(0).to(torch.int32)
+        rows = torch.ops.moe_fx.grouped_mm(rows, self.up, ends).chunk(2, dim=-1)[0]
+        rows = torch.ops.moe_fx.grouped_mm(rows, self.down, ends)
+        return d.token_unpermutation(rows)[0]
+
+
+class ReadsRows(GroupedLayer):
+    """The rows that arrive are a result too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        d: Any = self.dispatcher
+        probs, ids = d.route(torch.nn.functional.linear(x, self.gate))
+        _, rows, counts = d.token_permutation(x, probs, ids)
+        ends = counts.cumsum(0).to(torch.int32)
+        seen = rows.sum()
+        rows = torch.ops.moe_fx.grouped_mm(rows, self.up, ends).chunk(2, dim=-1)[0]
+        rows = torch.ops.moe_fx.grouped_mm(rows, self.down, ends)
+        return d.token_unpermutation(rows)[0] + seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (MixesRows, "with the experts of all ranks the result is another"),
+        (ReadsRows, "is read by"),
+    ],
+)
+def test_what_cannot_be_cut_is_left_as_it_is(
+    ranks2: RankPool, kind: type[GroupedLayer], said: str
+) -> None:
+    for seen in ranks2.run(compiled, "moe_fx", 2, False, False, "recording", kind):
+        assert seen.error <= 1e-5
+        assert seen.program == [] and len(seen.declined) == 1 and said in seen.declined[0]
+        assert "_c10d_functional.all_gather_into_tensor.default" not in seen.ops
