@@ -17,6 +17,7 @@ from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
+from moe_fx.local_tensors import Localised, localise
 from moe_fx.options import Options, parse_options
 from moe_fx.order import ORDERS_LATER, compile_ordered
 from moe_fx.passes.selectors import may_select_experts
@@ -39,7 +40,8 @@ def moe_fx_backend(
     parsed = parse_options(options)
     check_devices(parsed.ep_group, example_inputs)
     report = Report()
-    rewritten, groups = rewrite(module, example_inputs, parsed, report)
+    local, rewritten, groups = rewrite(module, example_inputs, parsed, report)
+    example_inputs = local.inputs
     if parsed.on_report is not None:
         parsed.on_report(report)
     log.info("%s", report)
@@ -53,35 +55,39 @@ def moe_fx_backend(
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
-    if not groups:
-        return compiled
-    training = is_training(example_inputs)
-    return agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
+    if groups:
+        training = is_training(example_inputs)
+        compiled = agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
+    return local.wrap(compiled)
 
 
 def rewrite(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
-) -> tuple[GraphModule, set[str]]:
-    """The expert-parallel graph, or ``module`` itself, untouched, if no region was accepted; and
-    the groups that it exchanged tokens over as it came."""
+) -> tuple[Localised, GraphModule, set[str]]:
+    """``module`` without DTensors, the expert-parallel graph of it, or itself, untouched, if no
+    region was accepted, and the groups that it exchanged tokens over as it came."""
+    local = Localised(module, tuple(example_inputs), frozenset())
+    groups: set[str] = set()
     if not may_select_experts(module):
         report.graphs += 1
-        return module, set()
+        return local, module, groups
     try:
-        captured = capture(module, example_inputs)
+        local = localise(module, example_inputs)
+        captured = capture(local.module, local.inputs)
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return module, set()
+        return local, local.module, groups
     context = passes.Context(
         options=options,
         report=report,
         group=options.ep_group,
-        training=is_training(example_inputs),
+        training=is_training(local.inputs),
         measures=True,
+        exchange_groups=groups,
     )
     result = passes.run(captured, context, passes.pipeline(options.base in ORDERS_LATER))
-    return module if result is captured else result, context.exchange_groups
+    return local, local.module if result is captured else result, groups
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.backend import is_training
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.local_tensors import localise
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
@@ -40,7 +41,8 @@ def explain(
             report.graphs += 1
             return module.forward
         try:
-            captured = capture(module, example_inputs)
+            local = localise(module, example_inputs)
+            captured = capture(local.module, local.inputs)
         except NotFunctional as obstacle:
             report.declined.append(obstacle.declined)
             report.graphs += 1
@@ -49,7 +51,7 @@ def explain(
             options=parsed,
             report=report,
             group=parsed.ep_group,
-            training=is_training(example_inputs),
+            training=is_training(local.inputs),
         )
         passes.run(captured, context, steps)
         return module.forward

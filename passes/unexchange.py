@@ -36,6 +36,7 @@ from moe_fx.compat import FakeValues, resolve_group
 from moe_fx.passes.base import Context, Pass, PassResult, StandIn
 from moe_fx.passes.extract import Extract, extract
 from moe_fx.passes.flow import Flow, closure
+from moe_fx.passes.id_bounds import drop_masks_of_nothing
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
 from moe_fx.passes.roles import VIEWS, Refusal, is_unary_rowwise, same, shape, value
@@ -80,6 +81,8 @@ class Unexchange(Pass):
             else:
                 node.replace_all_uses_with(stand_in.result, propagate_meta=False)
                 context.stand_ins.append(stand_in)
+        if context.stand_ins:
+            drop_masks_of_nothing(module.graph)  # of ids past the local experts
         return PassResult(module, changed=bool(context.stand_ins))
 
 
@@ -202,9 +205,9 @@ class Exchange:
         inside = set(self.nodes())
         for node in inside - {self.end}:
             for user in node.users:
-                if user not in inside and isinstance(value(node), (Tensor, tuple, list)):
-                    if not _is_size(user):
-                        raise Refusal(f"{node}, on the dispatcher's way, is read by {user}", user)
+                holds_rows = isinstance(value(node), (Tensor, tuple, list))
+                if holds_rows and user not in inside and not _is_size(user):
+                    raise Refusal(f"{node}, on the dispatcher's way, is read by {user}", user)
 
     @property
     def inputs(self) -> list[Node]:
@@ -263,43 +266,56 @@ class _Builder:
             token = self.call(aten.floor_divide.default, order, found.top_k)
             rows = self.call(aten.index.Tensor, found.tokens, [token])
         else:
-            num_pairs = self.call(aten.sym_size.int, flat, 0)
-            pairs = self.call(aten.arange.default, num_pairs, device=value(flat).device)
-            token = self.call(aten.floor_divide.default, pairs, found.top_k)
-            rows = self.call(aten.index.Tensor, found.tokens, [token])
+            width = shape(found.tokens)[1]
+            each = self.call(aten.unsqueeze.default, found.tokens, 1)
+            copies = self.call(aten.expand.default, each, [-1, found.top_k, -1])
+            rows = self.call(aten.reshape.default, copies, [self._num_pairs(), width])
         result = self._experts(rows, counts, flat)
         if order is not None:
             inverse = self.call(aten.argsort.default, order)
             result = self.call(aten.index.Tensor, result, [inverse])
-        num_tokens = self.call(aten.sym_size.int, found.ids, 0)
+        num_tokens = self._num_tokens()
         width = shape(result)[-1]
         grouped = self.call(aten.view.default, result, [num_tokens, found.top_k, width])
         if found.weights is not None:
             factor = self.call(aten.unsqueeze.default, found.weights, -1)
             grouped = self.call(aten.mul.Tensor, grouped, factor)
         summed = self.call(aten.sum.dim_IntList, grouped, [1])
+        chains = [n for n in self.gathered if n not in self.shards]
         return StandIn(
             captured=found.end,
             result=summed,
             nodes=tuple(self.added),
             gathers=tuple(self.gathers),
             shards=tuple(self.shards),
-            replaced=tuple(found.nodes()),
+            replaced=tuple(found.flow.ordered([*found.nodes(), *chains])),
         )
+
+    def _num_tokens(self) -> Any:
+        size = shape(self.found.ids)[0]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, self.found.tokens, 0)
+
+    def _num_pairs(self) -> Any:
+        tokens, top_k = self._num_tokens(), self.found.top_k
+        return tokens * top_k if isinstance(tokens, int) else self.call(operator.mul, tokens, top_k)
 
     def _experts(self, rows: Node, counts: Node, flat: Node) -> Node:
         """The captured body on all rows, with all experts."""
         found = self.found
-        to: dict[Node, Node] = {found.rows: rows}
+        to: dict[Node, Any] = {found.rows: rows}
         to |= dict.fromkeys(found.counts, counts) | dict.fromkeys(found.arrived_ids, flat)
         for node in found.body():
+            if node.target is aten.sym_size.int and same(value(node), shape(found.rows)[0]):
+                to[node] = self._num_pairs()
+                continue
             args, kwargs = _of_all_experts(node, found.local_experts, found.num_experts)
-            args, kwargs = map_arg((args, kwargs), lambda n: to.get(n) or self._table(n))
+            args, kwargs = map_arg((args, kwargs), lambda n: to[n] if n in to else self._table(n))
             to[node] = self.call(node.target, *args, **kwargs)
             to[node].meta["stack_trace"] = node.meta.get("stack_trace", "")
-        if found.out not in to:
+        result = to.get(found.out)
+        if not isinstance(result, Node):
             raise Refusal("the experts' result does not come from the rows", found.out)
-        return to[found.out]
+        return result
 
     def _table(self, node: Node) -> Node:
         """What the body reads from outside: gathered, if it holds something for each local
@@ -372,7 +388,7 @@ _EXPERT_NUMBERS: dict[Any, tuple[str, ...]] = {
 
 def require_equal(found: Exchange, stand_in: StandIn) -> None:
     """Raise `Refusal` unless both give the same on every rank, on random values."""
-    captured = extract(found.nodes(), [found.end])
+    captured = extract(list(stand_in.replaced), [found.end])
     standing = extract(list(stand_in.nodes), [stand_in.result])
     generator = torch.Generator().manual_seed(0)
     tried = [
