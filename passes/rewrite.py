@@ -35,10 +35,11 @@ aten = torch.ops.aten
 class Rewrite(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         for region, plan in zip(context.regions, context.plans, strict=True):
+            if region.parts.replaces is not None:
+                captured, stands_in = region.parts.replaces  # the latter may be what is rewritten
+                captured.replace_all_uses_with(stands_in, propagate_meta=False)
             rewrite_region(module.graph, region, plan)
             if region.parts.replaces is not None:
-                captured, stands_in = region.parts.replaces
-                captured.replace_all_uses_with(stands_in, propagate_meta=False)
                 erase_checks(module.graph, region.parts.captured)
         for stand_in in context.stand_ins:
             _settle(stand_in, module.graph, context.regions)

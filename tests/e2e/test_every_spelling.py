@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moe_fx
+from moe_fx.ops.exchange import bytes_sent
 from moe_fx.testing import RankPool
 from tests.spellings import SPELLINGS
 from tests.spellings.base import Spelling
@@ -32,12 +33,13 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 @dataclass(frozen=True)
 class Outcome:
     """error: relative to the largest value of eager's result, the largest of all calls and
-    gradients. graphs: compiled on this rank."""
+    gradients. graphs: compiled on this rank. sent: bytes of rows to the other rank."""
 
     regions: tuple[moe_fx.Region, ...]
     reasons: tuple[str, ...]
     error: float
     graphs: int
+    sent: int
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def outcome(rank: int, name: str, shapes: Shapes, gradients: bool) -> Outcome:
         dynamic=shapes == "dynamic",
         options={"ep_group": dist.group.WORLD, "base": "eager", "on_report": reports.append},
     )
-    error = 0.0
+    group = dist.group.WORLD
+    assert group is not None
+    error, sent = 0.0, bytes_sent(group.group_name)
     inputs = [spelling.tokens(seed=1 + rank)]
     if shapes == "dynamic":
         longer = torch.cat([spelling.tokens(seed=11 + rank), inputs[0]], dim=-2)
@@ -73,7 +77,8 @@ def outcome(rank: int, name: str, shapes: Shapes, gradients: bool) -> Outcome:
     regions = [region for report in reports for region in report.regions]
     reasons = [entry.reason for report in reports for entry in report.declined]
     bare = tuple(_without_nodes(region) for region in regions)
-    return Outcome(bare, tuple(reasons), error, len(reports))
+    sent = bytes_sent(group.group_name) - sent
+    return Outcome(bare, tuple(reasons), error, len(reports), sent)
 
 
 def _without_nodes(region: moe_fx.Region) -> moe_fx.Region:
@@ -108,7 +113,7 @@ def check(spelling: Spelling, by_rank: list[Outcome], tolerance_factor: float = 
         assert len(found.regions) == 1, found.reasons
         assert found.error <= tolerance_factor * _TOLERANCE[spelling.dtype]
         (region,) = found.regions
-        assert region.verified
+        assert region.verified and found.sent > 0
         assert (region.num_experts, region.top_k) == (spelling.num_experts, spelling.top_k)
         assert region.has_shared_expert == spelling.shared_expert
 
