@@ -32,6 +32,7 @@ __all__ = [
     "CustomGraphPass",
     "FakeValues",
     "all_gather_rows",
+    "assert_on_device",
     "base_compiler",
     "data_dependent_size",
     "decomposed",
@@ -87,6 +88,11 @@ def _described(reason: GraphCompileReason) -> str:
     return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Checked where ``condition`` is computed, when it is: the host does not wait."""
+    torch._assert_async(condition, message)
+
+
 def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
@@ -128,11 +134,10 @@ def reduce_scatter_rows(rows: Tensor, group_size: int, group_name: str) -> Tenso
     )
 
 
-def exchange_equal_rows(rows: Tensor, group_name: str) -> Tensor:
+def exchange_equal_rows(rows: Tensor, group_size: int, group_name: str) -> Tensor:
     """``[group_size * n, ...]``: block ``r`` goes to rank ``r``; blocks arrive in rank order.
     Waited for. The gradient is the same exchange."""
-    world = resolve_group(group_name).size()
-    sizes = [rows.shape[0] // world] * world
+    sizes = [rows.shape[0] // group_size] * group_size
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(
         collectives.all_to_all_single(rows.contiguous(), sizes, sizes, group_name)

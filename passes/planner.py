@@ -134,6 +134,8 @@ def _misfit(region: Region, strategy: str) -> str:
     parts = region.parts
     if strategy == "gather_weights" and not parts.gathers:
         return "the experts' weights are not gathered from shards, each rank has them whole"
+    if strategy == "gather_weights" and region.program == "exchanged":
+        return "the program exchanges tokens, so that a rank's experts may be its own in all things"
     if strategy in EVEN and parts.weighs_tokens and region.top_k > 1:
         return "the routing weights multiply the tokens on their way to the experts"
     if strategy == "allgather" and not (parts.weighs_tokens or sums_plainly(parts)):

@@ -22,15 +22,17 @@ _SCORES = ("softmax", "sigmoid", "topk_softmax")
 class MoEDispatcher:
     """ep_group: ranks that own the experts together; without one the default group if
     `torch.distributed` is initialised, else this process alone. tp_ep_group: ranks that share the
-    tokens of a sequence and split every expert's width; at most one."""
+    tokens of a sequence and split every expert's width; at most one. agree_timeout: seconds that a
+    rank waits, before the group's first exchange, for all others to come to theirs."""
 
     def __init__(
         self,
         config: MoEDispatcherConfig,
         ep_group: dist.ProcessGroup | None = None,
         tp_ep_group: dist.ProcessGroup | None = None,
+        agree_timeout: float = 300.0,
     ) -> None:
-        self.config = config
+        self.config, self.agree_timeout = config, agree_timeout
         self.shared_experts: Callable[[Tensor], Any] | None = None
         if ep_group is None and dist.is_available() and dist.is_initialized():
             ep_group = dist.group.WORLD

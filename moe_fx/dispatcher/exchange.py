@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_fx.compat import assert_on_device
 from moe_fx.dispatcher.capacity import kept_keys, padded_slots
 from moe_fx.dispatcher.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
@@ -40,10 +41,7 @@ from moe_fx.ops.checked import DTYPES, FINE, refused, require_fine
 if TYPE_CHECKING:
     from moe_fx.dispatcher.base import MoEDispatcher
 
-__all__ = ["AGREE_TIMEOUT", "Step"]
-
-AGREE_TIMEOUT = 8.0
-"""Seconds that a rank waits, before the first exchange of a group, for the others to join it."""
+__all__ = ["Step"]
 
 _ops = torch.ops.moe_fx
 
@@ -56,7 +54,7 @@ class Step:
     ) -> None:
         self.config, self.num_experts = dispatcher.config, dispatcher.num_experts
         self.group_name, self.world = dispatcher.ep_group_name, dispatcher.ep_size
-        self.rank = dispatcher.ep_rank
+        self.rank, self.agree_timeout = dispatcher.ep_rank, dispatcher.agree_timeout
         self.tp_group = dispatcher.tp_ep_group
         self._refuse_unfit(hidden, probs, ids)
         self.hidden_shape, self.dtype = hidden.shape, hidden.dtype
@@ -102,11 +100,11 @@ class Step:
 
     def _gather(self, counts: Tensor, status: Tensor) -> Tensor:
         agreed = f"{self.num_experts} experts on {self.world} ranks"
-        return _ops.gather_counts(counts, status, self.group_name, agreed, AGREE_TIMEOUT)
+        return _ops.gather_counts(counts, status, self.group_name, agreed, self.agree_timeout)
 
     def _check_alone(self, status: Tensor) -> None:
         if torch.compiler.is_compiling() or status.device.type != "cpu":
-            torch._assert_async(status[0] == FINE, "an expert id is out of range")
+            assert_on_device(status[0] == FINE, "an expert id is out of range")
         else:
             require_fine([status.tolist()], self.num_experts, 0)
 
@@ -251,7 +249,7 @@ class Step:
             facts = [FINE, 0, hidden.shape[-1], DTYPES.index(hidden.dtype)]
             status = torch.tensor(facts, device=hidden.device)
         told = _ops.gather_counts(
-            tokens, status, self.tp_group.group_name, "tensor parallel", AGREE_TIMEOUT
+            tokens, status, self.tp_group.group_name, "tensor parallel", self.agree_timeout
         ).tolist()
         try:
             require_fine([each[1:] for each in told], self.num_experts, self.tp_group.rank())

@@ -38,8 +38,9 @@ class MoEAlltoAllSeqOverLapDispatcher(MoEDispatcher):
         config: MoEDispatcherConfig,
         ep_group: dist.ProcessGroup | None = None,
         tp_ep_group: dist.ProcessGroup | None = None,
+        agree_timeout: float = 300.0,
     ) -> None:
-        super().__init__(config, ep_group, tp_ep_group)
+        super().__init__(config, ep_group, tp_ep_group, agree_timeout)
         self.num_local_experts = config.num_local_experts
         first = self.ep_rank * self.num_local_experts
         self.local_expert_indices = list(range(first, first + self.num_local_experts))

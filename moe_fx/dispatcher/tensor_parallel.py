@@ -30,7 +30,7 @@ def all_to_all_sp2hp(input_: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return input_
     rows = input_.reshape(-1, input_.shape[-1])
     slices = rows.chunk(_divided(rows.shape[-1], group, "features"), dim=1)
-    return exchange_equal_rows(torch.cat(slices), group.group_name)
+    return exchange_equal_rows(torch.cat(slices), group.size(), group.group_name)
 
 
 def all_to_all_hp2sp(input_: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -39,7 +39,8 @@ def all_to_all_hp2sp(input_: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return input_
     rows = input_.reshape(-1, input_.shape[-1])
     count = _divided(rows.shape[0], group, "tokens")
-    return torch.cat(exchange_equal_rows(rows, group.group_name).chunk(count), dim=-1)
+    received = exchange_equal_rows(rows, group.size(), group.group_name)
+    return torch.cat(received.chunk(count), dim=-1)
 
 
 def all_gather_last_dim_from_tensor_parallel_region(

@@ -14,6 +14,7 @@ from torch import Tensor
 import moe_fx
 from moe_fx.testing import RankPool
 from tests.dispatcher.layers import GroupedLayer
+from tests.dispatcher.test_tensor_parallel import groups
 from tests.e2e.ranks import _RECORDED
 
 EXPERTS, TOP_K = 8, 2
@@ -30,9 +31,13 @@ class Seen:
     other_counts: list[float] = field(default_factory=list)
 
 
-def layer(rank: int, kind: type[GroupedLayer] = GroupedLayer) -> GroupedLayer:
+def layer(
+    rank: int, kind: type[GroupedLayer] = GroupedLayer, fields: dict[str, Any] | None = None
+) -> GroupedLayer:
     local = EXPERTS // dist.get_world_size()
-    config = moe_fx.MoEDispatcherConfig(num_local_experts=local, moe_router_topk=TOP_K)
+    config = moe_fx.MoEDispatcherConfig(
+        num_local_experts=local, moe_router_topk=TOP_K, **(fields or {})
+    )
     d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config)
     return kind(d, rank * local, local, EXPERTS)
 
@@ -49,21 +54,22 @@ def compiled(
     gradients: bool = True,
     base: str = "recording",
     kind: type[GroupedLayer] = GroupedLayer,
+    fields: dict[str, Any] | None = None,
 ) -> Seen:
     with torch.set_grad_enabled(gradients):
-        return _compiled(rank, backend, overlap, dynamic, gradients, base, kind)
+        module = layer(rank, kind, fields)
+        return _compiled(rank, module, backend, overlap, dynamic, gradients, base)
 
 
 def _compiled(
     rank: int,
+    module: GroupedLayer,
     backend: str,
     overlap: Any,
     dynamic: bool,
     gradients: bool,
     base: str,
-    kind: type[GroupedLayer],
 ) -> Seen:
-    module = layer(rank, kind)
     x = tokens(rank, 6 + rank).requires_grad_(gradients)
     expected = module(x)
     wanted = _gradients(module, x, expected) if gradients else {}
@@ -190,3 +196,57 @@ def test_what_cannot_be_cut_is_left_as_it_is(
         assert seen.error <= 1e-5
         assert seen.program == [] and len(seen.declined) == 1 and said in seen.declined[0]
         assert "_c10d_functional.all_gather_into_tensor.default" not in seen.ops
+
+
+CAPACITY: dict[str, dict[str, Any]] = {
+    "drops": {"moe_expert_capacity_factor": 0.6},
+    "pads": {"moe_expert_capacity_factor": 0.6, "moe_pad_expert_input_to_capacity": True},
+}
+
+
+@pytest.mark.parametrize("name", CAPACITY)
+def test_limited_capacity_is_left_as_it_is(ranks2: RankPool, name: str) -> None:
+    given = ("moe_fx", 2, False, True, "recording", GroupedLayer, CAPACITY[name])
+    for seen in ranks2.run(compiled, *given):
+        assert seen.program == [] and len(seen.declined) == 1, seen.declined
+        assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
+
+
+class TwoLayers(GroupedLayer):
+    """The same dispatcher for two layers, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(super().forward(x)))
+
+
+@pytest.mark.parametrize("backend", ["moe_fx", "aot_eager"])
+def test_one_dispatcher_for_two_layers(ranks2: RankPool, backend: str) -> None:
+    for seen in ranks2.run(compiled, backend, 2, False, True, "recording", TwoLayers):
+        assert seen.program == ["exchanged"] * 2 * (backend == "moe_fx") and not seen.declined
+        assert seen.error <= 1e-5 and all(e <= 1e-4 for e in seen.gradients.values())
+
+
+def tensor_parallel(rank: int) -> tuple[float, int, int]:
+    """(error, regions, declined) of two by two ranks."""
+    ep_group, tp_group = groups(rank)
+    config = moe_fx.MoEDispatcherConfig(
+        num_moe_experts=EXPERTS, num_local_experts=4, moe_grouped_gemm=True
+    )
+    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config, ep_group, tp_group)
+    module = GroupedLayer(d, 4 * d.ep_rank, 4, EXPERTS)
+    reports: list[moe_fx.Report] = []
+    options = {"base": "eager", "on_report": reports.append}
+    with torch.no_grad():
+        x = tokens(rank, 6)
+        expected = module(x)
+        torch._dynamo.reset()
+        call = torch.compile(module, backend="moe_fx", fullgraph=True, options=options)
+        error = _relative(call(x), expected)
+    (report,) = reports
+    return error, len(report.regions), len(report.declined)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_programs_are_left_as_they_are(ranks4: RankPool) -> None:
+    for error, regions, declined in ranks4.run(tensor_parallel):
+        assert error <= 1e-5 and regions == 0 and declined >= 1

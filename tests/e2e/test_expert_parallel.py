@@ -86,8 +86,11 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:]]
+
+
 @pytest.mark.parametrize("tp_size", [1, 2], ids=["own batches", "one batch"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[0], *OTHERS])
 def test_equals_transformers_all_to_all(
     ranks2: RankPool, checkpoints: dict[str, Path], family: str, tp_size: int
 ) -> None:
@@ -178,8 +181,10 @@ def test_a_model_of_two_layers_is_one_graph(
         assert seen.error <= 1e-5 and seen.gradient_error <= 1e-4
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "gradients", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"]
+)
+@pytest.mark.parametrize("family", [FAMILIES[0], *OTHERS])
 def test_its_exchange_is_cut_into_chunks(
     ranks2: RankPool, checkpoints: dict[str, Path], family: str, gradients: bool
 ) -> None:
@@ -190,6 +195,7 @@ def test_its_exchange_is_cut_into_chunks(
         assert seen.ops["moe_fx.all_to_all.default"] == 4 * len(seen.programs)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it(ranks2: RankPool, checkpoints: dict[str, Path]) -> None:
     for seen in ranks2.run(compiled, checkpoints["qwen3_moe"], "moe_fx", "inductor", True):
         assert seen.error <= 1e-5 and seen.gradient_error <= 1e-4
