@@ -15,11 +15,9 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_fx.dispatcher.base import MoEDispatcher
-from moe_fx.dispatcher.config import MoEDispatcherConfig
 from moe_fx.dispatcher.exchange import Step
 from moe_fx.dispatcher.streams import Beside, side_stream
 from moe_fx.errors import BadInput
@@ -33,19 +31,8 @@ class MoEAlltoAllSeqOverLapDispatcher(MoEDispatcher):
     overlap_stream: Any = None
     """Where shared experts run on devices with streams; one for all dispatchers."""
 
-    def __init__(
-        self,
-        config: MoEDispatcherConfig,
-        ep_group: dist.ProcessGroup | None = None,
-        tp_ep_group: dist.ProcessGroup | None = None,
-        agree_timeout: float = 300.0,
-    ) -> None:
-        super().__init__(config, ep_group, tp_ep_group, agree_timeout)
-        self.num_local_experts = config.num_local_experts
-        first = self.ep_rank * self.num_local_experts
-        self.local_expert_indices = list(range(first, first + self.num_local_experts))
-        self._step: Step | None = None
-        self.cached_shared_expert_output: Any = None
+    cached_shared_expert_output: Any = None
+    _step: Step | None = None
 
     # -- the whole way ----------------------------------------------------------------------------
 
@@ -154,6 +141,18 @@ class MoEAlltoAllSeqOverLapDispatcher(MoEDispatcher):
         yield
         step.finish_combine()
         return step.unpermute2()
+
+    # -- the rank's experts ------------------------------------------------------------------------
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.config.num_local_experts
+
+    @property
+    def local_expert_indices(self) -> list[int]:
+        """Of all ranks' experts, this one's."""
+        first = self.ep_rank * self.num_local_experts
+        return list(range(first, first + self.num_local_experts))
 
     # -- state of the step under way, by the original's names -------------------------------------
 

@@ -1,0 +1,121 @@
+"""That a stand-in gives what the exchange gives: both run for every rank, in lock step, on random
+values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from moe_fx import simulate
+from moe_fx.passes.base import StandIn
+from moe_fx.passes.dispatcher_way import DispatcherWay
+from moe_fx.passes.extract import Extract, extract
+from moe_fx.passes.normalise import copy_graph
+from moe_fx.passes.on_host import reference_ops
+from moe_fx.passes.roles import Refusal, shape, value
+from moe_fx.passes.sizes import TokenCount, choose_token_count, example
+
+ops = torch.ops.moe_fx
+
+_TOLERANCE = 1e-4
+_COARSE_TOLERANCE = 6e-2
+_TRIED_TOKENS = 5
+
+
+def require_equal(found: DispatcherWay, stand_in: StandIn) -> None:
+    """Raise `Refusal` unless both give the same on every rank, on random values."""
+    captured = extract(list(stand_in.replaced), [found.end])
+    standing = extract(list(stand_in.nodes), [stand_in.result])
+    generator = torch.Generator().manual_seed(0)
+    tried = [
+        choose_token_count(
+            shape(found.ids)[0], found.top_k, found.num_experts, _TRIED_TOKENS - rank % 3
+        )
+        for rank in range(found.world)
+    ]
+    shared: dict[Node, Any] = {}
+    per_rank = [
+        _values(found, stand_in, (*captured.inputs, *standing.inputs), shared, count, generator)
+        for count in tried
+    ]
+    results = []
+    for side, modules in (
+        (captured, [_of_rank(found, captured, rank) for rank in range(found.world)]),
+        (standing, [standing.module] * found.world),
+    ):
+        inputs = [[values[node] for node in side.inputs] for values in per_rank]
+        try:
+            results.append(
+                simulate.run(
+                    modules,
+                    inputs,
+                    overrides=reference_ops(side.module),
+                    resize=[_resize(count) for count in tried],
+                )
+            )
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            reason = f"could not be compared with gathered experts: {error}"
+            raise Refusal(reason, found.end) from error
+    coarse = value(found.tokens).dtype in (torch.float16, torch.bfloat16)
+    for (left,), (right,) in zip(*results, strict=True):
+        distance = (left.double() - right.double()).abs().max() if left.numel() else 0.0
+        scale = left.abs().max().clamp(min=1e-6) if left.numel() else 1.0
+        if not distance <= scale * (_COARSE_TOLERANCE if coarse else _TOLERANCE):
+            raise Refusal("with the experts of all ranks the result is another", found.end)
+
+
+def _values(
+    found: DispatcherWay,
+    stand_in: StandIn,
+    inputs: tuple[Node, ...],
+    shared: dict[Node, Any],
+    count: TokenCount,
+    generator: torch.Generator,
+) -> dict[Node, Any]:
+    """By input of either graph: tokens and tables of a rank's own, all else in common."""
+    values: dict[Node, Any] = {}
+    for node in dict.fromkeys(inputs):
+        if node is found.ids:
+            scores = torch.rand(count.wanted, found.num_experts, generator=generator)
+            values[node] = scores.argsort(1)[:, : found.top_k].contiguous().to(value(node).dtype)
+        elif node in found.inputs:
+            values[node] = example(node, count, generator, per_token=True)
+        elif node in stand_in.shards:
+            table = example(node, count, generator)
+            values[node] = table * max(1, table.shape[-1]) ** -0.5
+        elif isinstance(value(node), Tensor):
+            if node not in shared:
+                shared[node] = example(node, count, generator)
+            values[node] = shared[node]
+        else:
+            values[node] = example(node, count, generator)
+    return values
+
+
+def _of_rank(found: DispatcherWay, captured: Extract, rank: int) -> GraphModule:
+    """The captured program as another rank has it."""
+    copy = copy_graph(captured.module)
+    pairs = dict(zip(captured.module.graph.nodes, copy.graph.nodes, strict=True))
+    sizes, received = (pairs[captured.copies[n]] for n in (found.sizes, found.received))
+    sizes.args = (*sizes.args[:2], rank, *sizes.args[3:])
+    local = found.local_experts
+    received.args = (*received.args[:2], rank * local, (rank + 1) * local, *received.args[4:])
+    return copy
+
+
+def _resize(count: TokenCount) -> Callable[[Node, tuple[Any, ...]], tuple[Any, ...]]:
+    def resize(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if any(isinstance(value(n), torch.SymInt) for n in node.all_input_nodes):
+            return args  # a size of the run's own, whatever number it is
+        if node.target is ops.unpermute.default:
+            rows, row_map, weights, sizes, *others = args
+            return (rows, row_map, weights, [count.size(sizes[0]), *sizes[1:]], *others)
+        if node.target is ops.permute.default and len(args) > 2 and args[2] is not None:
+            return (*args[:2], count.size(args[2]))
+        return count.resize(node, args)
+
+    return resize
