@@ -1,4 +1,10 @@
-"""The original's behaviours, each by name, on real ranks and in fp64."""
+"""The original's behaviours, each by name, on real ranks and in fp64.
+
+Elsewhere: counts, splits and maps as in the original itself (`test_original.py`, worlds of 1, 2 and
+4, no tokens at all included), its memory (there too), its phases and two micro-batches
+(`test_interleave.py`), routing fields (`test_route.py`), capacity (`test_capacity.py`), the
+tensor-parallel way (`test_tensor_parallel.py`), what it asserts of its input (`test_bad_input.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_fx
 from moe_fx.testing import RankPool
@@ -102,7 +110,7 @@ def shared_order(rank: int) -> list[str]:
     x, probs, ids = tokens_of(rank, 6, EXPERTS, TOP_K)
     work = torch.ops.moe_fx
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -127,6 +135,78 @@ def test_shared_experts_run_on_the_tokens_while_rows_travel(ranks2: RankPool) ->
     for events in ranks2.run(shared_order):
         start, wait = "moe_fx.all_to_all.default", "moe_fx.wait.default"
         assert events == [start, "shared experts", wait, start, wait]
+
+
+class Seen(TorchDispatchMode):
+    """Every op of the dialect that is called, and the storage of what it returns first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.storages: dict[str, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "moe_fx":
+            name = func._opname
+            self.ops.append(name)
+            first = result[0] if isinstance(result, (tuple, list)) else result
+            self.storages.setdefault(name, StorageWeakRef(first.untyped_storage()))
+        return result
+
+
+def freed(rank: int) -> dict[str, bool]:
+    """Which buffers are gone once a phase is over, while the step goes on."""
+    d = dispatcher()
+    with torch.no_grad(), Seen() as seen:
+        _, rows, _ = d.token_permutation(*tokens_of(rank, 6, EXPERTS, TOP_K))
+        gone = {name: seen.storages[name].expired() for name in ("permute", "wait")}
+        d.token_unpermutation(rows)
+        del rows
+    return gone | {"regroup": seen.storages["regroup"].expired()}
+
+
+def test_sent_and_received_buffers_are_free_as_soon_as_they_are_used(ranks2: RankPool) -> None:
+    for gone in ranks2.run(freed):
+        assert all(gone.values()), gone
+
+
+def one_expert_a_rank(rank: int) -> tuple[list[str], float]:
+    config = moe_fx.MoEDispatcherConfig(num_local_experts=1)
+    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config)
+    x, probs, ids = tokens_of(rank, 5, 2, 1)
+    with torch.no_grad(), Seen() as seen:
+        _, rows, _ = d.token_permutation(x, probs, ids)
+        out, _ = d.token_unpermutation(rows * 2)
+    return seen.ops, float((out - 2 * x * probs).abs().max())
+
+
+def test_rows_for_one_local_expert_are_not_sorted_again(ranks2: RankPool) -> None:
+    for ops, error in ranks2.run(one_expert_a_rank):
+        assert "regroup" not in ops and ops.count("unpermute") == 1
+        assert error <= 1e-14
+
+
+def test_there_is_no_stream_beside_on_the_cpu(ranks2: RankPool) -> None:
+    assert all(isinstance(events, list) for events in ranks2.run(shared_order))
+    assert moe_fx.MoEAlltoAllSeqOverLapDispatcher.overlap_stream is None
+
+
+def scaled(rank: int) -> float:
+    """The factor is on the routed part alone; the caller adds the shared part after it."""
+    d = dispatcher(scaling_factor=2.5, moe_router_topk=TOP_K)
+    x = tokens_of(rank, 5, EXPERTS, TOP_K)[0]
+    logits = x[:, :EXPERTS]
+    d.set_shared_experts(lambda tokens: tokens * 10)
+    probs, ids = d.route(logits)
+    shared, rows, _ = d.token_permutation(x, probs, ids)
+    out, _ = d.token_unpermutation(rows)
+    weight = 2.5 * logits.float().softmax(-1).topk(TOP_K).values.sum(1, keepdim=True)
+    return float((out + shared - (x * weight + 10 * x)).abs().max())
+
+
+def test_the_scaling_factor_is_not_on_the_shared_experts(ranks2: RankPool) -> None:
+    assert max(ranks2.run(scaled)) <= 1e-6
 
 
 def weights_at_the_source(rank: int) -> float:

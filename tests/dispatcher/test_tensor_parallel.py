@@ -91,6 +91,28 @@ def test_two_by_two_equals_one_process(
         assert max(errors.values()) <= 1e-12, errors
 
 
+def one_batch(rank: int) -> float:
+    """Tensor-parallel ranks with the same tokens, an odd number: padded and split before, gathered
+    and unpadded after, as vLLM-Ascend's callers do."""
+    ep_group, tp_group = groups(rank)
+    x, probs, ids = tokens_of(rank // 2, 5, EXPERTS, TOP_K)
+    whole = Weights.make(EXPERTS, width=WIDTH)
+    config = moe_fx.MoEDispatcherConfig(
+        num_moe_experts=EXPERTS, num_local_experts=4, moe_grouped_gemm=True
+    )
+    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config, ep_group, tp_group)
+    own = [F.pad(t, (0, 0, 0, 1)).chunk(2)[tp_group.rank()] for t in (x, probs, ids)]
+    with torch.no_grad():
+        _, rows, counts = d.token_permutation(*own)
+        out, _ = d.token_unpermutation(Sliced(whole, d.ep_rank, tp_group.rank())(rows, counts))
+        out = tp.gather_from_sequence_parallel_region(out, tp_group)[: x.shape[0]]
+        return float((out - whole.dense(x, probs, ids)).abs().max())
+
+
+def test_a_batch_that_ranks_share_is_padded_and_split_by_the_caller(ranks4: RankPool) -> None:
+    assert max(ranks4.run(one_batch)) <= 1e-12
+
+
 def uneven(rank: int, bad: str) -> str:
     ep_group, tp_group = groups(rank)
     x, probs, ids = tokens_of(rank, 6 + (bad == "tokens") * (rank == 1), EXPERTS, TOP_K)
