@@ -148,6 +148,7 @@ def test_other_backends_run_it_as_one_graph(ranks2: RankPool, backend: str) -> N
         assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
 
 
+@pytest.mark.slow
 def test_inductor_runs_the_chunks(ranks2: RankPool) -> None:
     for seen in ranks2.run(compiled, "moe_fx", 4, False, True, "inductor"):
         assert seen.program == ["exchanged"]

@@ -43,7 +43,9 @@ def strategy_compared(
 
 
 @pytest.mark.parametrize("strategy", EVEN)
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
 def test_models_equal_eager_with_every_gradient(
     ranks2: RankPool, family: str, strategy: str
 ) -> None:
@@ -54,6 +56,7 @@ def test_models_equal_eager_with_every_gradient(
         assert {k: v for k, v in result.gradient_errors.items() if v > EXACT} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", EVEN)
 def test_inductor_compiles_it(ranks2: RankPool, strategy: str) -> None:
     for result in ranks2.run(

@@ -46,6 +46,7 @@ def test_inductor_trains_like_eager(ranks2: RankPool, family: str, program: str)
         assert {k: v for k, v in result.gradient_errors.items() if v > EXACT} == {}
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_eager(ranks4: RankPool) -> None:
     for result in ranks4.run(compare, "deepseek_v3", "grouped_mm", torch.float32, "gathered"):
         assert result.error <= EXACT
