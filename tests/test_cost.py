@@ -147,9 +147,11 @@ def test_prefers_fewer_pieces_for_a_gain_within_two_percent() -> None:
     assert choose(LAYER, slower, GEMMS, candidates)[0] == Choice(4)
 
 
-def test_of_equals_the_first_is_chosen() -> None:
+def test_of_equals_slices_of_experts_are_chosen() -> None:
+    """What slices of tokens cost beyond the model is the least known."""
     candidates = [Choice(1, 2), Choice(2, 1)]
-    assert choose(LAYER, LINK, GEMMS, candidates)[0] == candidates[0]
+    best, (by_token, by_expert) = choose(LAYER, LINK, GEMMS, candidates)
+    assert by_token == by_expert and best == candidates[1]
 
 
 def test_rejects_an_empty_choice() -> None:

@@ -142,7 +142,9 @@ def test_shared_experts_fill_the_waiting(ranks2: RankPool) -> None:
         assert names.index("moe_fx.all_to_all.default") < names.index("moe_fx.wait.default")
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_other_backends_run_it_as_one_graph(ranks2: RankPool, backend: str) -> None:
     for seen in ranks2.run(compiled, backend):
         assert seen.error <= 1e-5 and all(e <= 1e-5 for e in seen.gradients.values())
