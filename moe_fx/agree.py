@@ -22,8 +22,7 @@ from moe_fx.compat import group_store, resolve_group
 from moe_fx.errors import RanksDiffer
 from moe_fx.plan import ExchangePlan
 
-_published: dict[str, list[str]] = {}
-_used: dict[str, list[str]] = {}
+_published: dict[tuple[str, str], list[str]] = {}
 _agreed: set[tuple[str, str]] = set()
 
 
@@ -69,51 +68,41 @@ def ensure(group_name: str, text: str, timeout: float) -> None:
 
 
 def ensure_same(group_name: str, text: str, timeout: float) -> None:
-    """All ranks of the group use a dispatcher that ``text`` describes; asks them once, as often as
-    they use others, in the same order."""
-    if (group_name, text) in _agreed:
-        return
-    group = resolve_group(group_name)
-    store, place = group_store(group), len(_used.setdefault(group_name, []))
-    keys = {rank: store_key(group, f"used/{rank}/{place}") for rank in range(group.size())}
-    store.set(keys[group.rank()], text)
-    _used[group_name].append(text)
-    wait_for(group, keys, timeout, "dispatches tokens")
-    for rank, key in keys.items():
-        if (theirs := store.get(key).decode()) != text:
-            raise RanksDiffer(
-                f"Ranks dispatch differently, which would hang: rank {group.rank()} has {text}, "
-                f"rank {rank} has {theirs}. Give every rank the same configuration."
-            )
-    _agreed.add((group_name, text))
+    """All ranks of the group use a dispatcher that ``text`` describes; asks them once."""
+    if (group_name, text) not in _agreed:
+        publish(group_name, text, "dispatchers")
+        compare(resolve_group(group_name), text, timeout, "dispatchers")
 
 
-def publish(group_name: str, text: str) -> None:
-    """Tell the group what this rank has compiled, unless it has told the same before."""
-    history = _published.setdefault(group_name, [])
+def publish(group_name: str, text: str, kind: str = "plans") -> None:
+    """Tell the group what this rank has compiled ("plans") or dispatches with ("dispatchers"),
+    unless it has told the same before."""
+    history = _published.setdefault((group_name, kind), [])
     if text in history:
         return
     group = resolve_group(group_name)
-    group_store(group).set(_key(group, group.rank(), len(history)), text)
+    group_store(group).set(_key(group, group.rank(), len(history), kind), text)
     history.append(text)
 
 
-def compare(group: dist.ProcessGroup, text: str, timeout: float) -> None:
+def compare(group: dist.ProcessGroup, text: str, timeout: float, kind: str = "plans") -> None:
     """Raise `RanksDiffer` unless every rank of the group has published ``text`` at this place."""
     store = group_store(group)
-    place = _published[group.group_name].index(text)
-    keys = [_key(group, rank, place) for rank in range(group.size())]
-    wait_for(group, dict(enumerate(keys)), timeout, f"has compiled MoE graph {place + 1}")
+    place = _published[group.group_name, kind].index(text)
+    keys = {rank: _key(group, rank, place, kind) for rank in range(group.size())}
+    doing = f"has compiled MoE graph {place + 1}" if kind == "plans" else "dispatches tokens"
+    wait_for(group, keys, timeout, doing)
     differing = {
-        rank: theirs for rank, key in enumerate(keys) if (theirs := store.get(key).decode()) != text
+        rank: theirs for rank, key in keys.items() if (theirs := store.get(key).decode()) != text
     }
     if differing:
         rank, theirs = next(iter(differing.items()))
+        what, difference = _DIFFERENCES[kind]
         raise RanksDiffer(
-            f"Ranks compiled different MoE graphs, which would hang: rank {group.rank()} has "
-            f"{_difference(text, theirs)} where rank {rank} has {_difference(theirs, text)} "
-            f"(ranks that differ from rank {group.rank()}: {sorted(differing)}). Give every rank "
-            "the same model, options and mode (training or inference)."
+            f"Ranks {what}, which would hang: rank {group.rank()} has {difference(text, theirs)} "
+            f"where rank {rank} has {difference(theirs, text)} (ranks that differ from rank "
+            f"{group.rank()}: {sorted(differing)}). Give every rank the same model, options and "
+            "mode (training or inference)."
         )
     _agreed.add((group.group_name, text))
 
@@ -152,5 +141,11 @@ def _difference(text: str, other: str) -> str:
     return "the same"
 
 
-def _key(group: dist.ProcessGroup, rank: int, place: int) -> str:
-    return store_key(group, f"plans/{rank}/{place}")
+def _key(group: dist.ProcessGroup, rank: int, place: int, kind: str) -> str:
+    return store_key(group, f"{kind}/{rank}/{place}")
+
+
+_DIFFERENCES: dict[str, tuple[str, Callable[[str, str], str]]] = {
+    "plans": ("compiled different MoE graphs", _difference),
+    "dispatchers": ("use different dispatchers", lambda text, other: text),
+}

@@ -49,7 +49,7 @@ class _Builder:
         node.meta["stack_trace"] = self.found.end.meta.get("stack_trace", "")
         try:
             self.values.compute(node)
-        except Exception as error:  # whatever an op says of sizes that do not fit
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Refusal(f"with all experts, {op} fails: {said}", self.found.end) from error
         self.added.append(node)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from moe_fx import simulate
 from moe_fx.passes.base import StandIn
 from moe_fx.passes.dispatcher_way import DispatcherWay
-from moe_fx.passes.extract import Extract, extract
+from moe_fx.passes.extract import Extract, extract, structure
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
 from moe_fx.passes.roles import Refusal, shape, value
@@ -26,10 +26,14 @@ _COARSE_TOLERANCE = 6e-2
 _TRIED_TOKENS = 5
 
 
-def require_equal(found: DispatcherWay, stand_in: StandIn) -> None:
-    """Raise `Refusal` unless both give the same on every rank, on random values."""
+def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> None:
+    """Raise `Refusal` unless both give the same on every rank, on random values. proved: what has
+    been, by structure; equal layers are run once."""
     captured = extract(list(stand_in.replaced), [found.end])
     standing = extract(list(stand_in.nodes), [stand_in.result])
+    pair = f"{structure(captured)}\n{structure(standing)}"
+    if pair in proved:
+        return
     generator = torch.Generator().manual_seed(0)
     tried = [
         choose_token_count(
@@ -66,6 +70,7 @@ def require_equal(found: DispatcherWay, stand_in: StandIn) -> None:
         scale = left.abs().max().clamp(min=1e-6) if left.numel() else 1.0
         if not distance <= scale * (_COARSE_TOLERANCE if coarse else _TOLERANCE):
             raise Refusal("with the experts of all ranks the result is another", found.end)
+    proved.add(pair)
 
 
 def _values(

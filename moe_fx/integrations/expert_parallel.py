@@ -6,7 +6,7 @@ transformers shards the experts, loads them and calls the implementation; rows t
 ``backend="moe_fx"`` its exchange is cut into chunks and overlapped like any other.
 
 Ranks of a tensor-parallel group share a batch: each dispatches its slice of the tokens, and the
-results are gathered. Slices differ by at most one token.
+results are gathered. Slices may be uneven, or empty.
 
 Registered by ``import moe_fx.integrations.transformers``. Needs transformers with
 ``transformers.distributed.expert_parallel`` (5.23).
@@ -25,20 +25,18 @@ from moe_fx.dispatcher import MoEDispatcherConfig
 from moe_fx.dispatcher.base import MoEDispatcher
 from moe_fx.dispatcher.exchange import Step
 
-__all__ = ["NAME", "register"]
-
-NAME = "moe_fx"
+__all__ = ["register"]
 
 
-def register() -> bool:
-    """Make ``ep_implementation="moe_fx"`` known; False if this transformers has none."""
+def register() -> None:
+    """Make ``ep_implementation="moe_fx"`` known, if this transformers has such a choice."""
     try:
         from transformers.distributed.expert_parallel import (
             EPImplementation,
             EPImplementationInterface,
         )
-    except ImportError:
-        return False
+    except ImportError:  # before 5.23, whose DistributedConfig takes no ep_implementation
+        return
 
     class MoeFxEP(EPImplementation):  # type: ignore[misc]
         """Each pair's row to its expert's rank, and back."""
@@ -69,8 +67,7 @@ def register() -> bool:
             step.finish_combine()
             return step.unpermute2()
 
-    EPImplementationInterface.register(NAME, MoeFxEP)
-    return True
+    EPImplementationInterface.register("moe_fx", MoeFxEP)
 
 
 def _own(batch: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -32,11 +32,12 @@ def _dispatch_counts(
     """``counts [E], status [4]``, without a host sync where ids are on a device."""
     flat = ids.reshape(-1).long()
     bad = (flat < 0) | (flat >= num_experts)
-    none = torch.zeros(1, dtype=torch.int64, device=flat.device)
-    worst = torch.cat([torch.where(bad, flat, 0), none])
-    worst = worst[worst.abs().argmax()]
-    facts = torch.tensor([width, dtype], dtype=torch.int64, device=flat.device)
-    status = torch.cat([(bad.any().long() * OUT_OF_RANGE).view(1), worst.view(1), facts])
+    bad_ids = torch.where(bad, flat, 0)
+    bad_ids = torch.cat([bad_ids, bad_ids.new_zeros(1)])  # a rank may have none
+    least, most = bad_ids.aminmax()
+    worst = torch.where(most > 0, most, least)
+    facts = [bad_ids.new_full((), number) for number in (width, dtype)]
+    status = torch.stack([bad.any().long() * OUT_OF_RANGE, worst, *facts])
     counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(0, flat.clamp(0, num_experts - 1), (~bad).long()), status
 

@@ -28,6 +28,7 @@ class Seen:
     declined: list[str]
     ops: Counter[str]
     graphs: int
+    order: list[str]
     other_counts: list[float] = field(default_factory=list)
 
 
@@ -55,10 +56,11 @@ def compiled(
     base: str = "recording",
     kind: type[GroupedLayer] = GroupedLayer,
     fields: dict[str, Any] | None = None,
+    strategy: str = "alltoall",
 ) -> Seen:
     with torch.set_grad_enabled(gradients):
         module = layer(rank, kind, fields)
-        return _compiled(rank, module, backend, overlap, dynamic, gradients, base)
+        return _compiled(rank, module, backend, overlap, dynamic, gradients, base, strategy)
 
 
 def _compiled(
@@ -69,6 +71,7 @@ def _compiled(
     dynamic: bool,
     gradients: bool,
     base: str,
+    strategy: str,
 ) -> Seen:
     x = tokens(rank, 6 + rank).requires_grad_(gradients)
     expected = module(x)
@@ -79,7 +82,7 @@ def _compiled(
         "overlap": overlap,
         "base": base,
         "on_report": reports.append,
-        "strategy": "alltoall",
+        "strategy": strategy,
     }
     torch._dynamo.reset()
     call = torch.compile(
@@ -105,6 +108,7 @@ def _compiled(
         [d.reason for report in reports for d in report.declined],
         Counter(str(n.target) for g in _RECORDED for n in g.graph.nodes),
         len(reports),
+        [str(n.target) for g in _RECORDED for n in g.graph.nodes],
         others,
     )
 
@@ -135,11 +139,22 @@ def test_it_is_cut_into_chunks(ranks2: RankPool, gradients: bool, dynamic: bool)
 
 
 def test_shared_experts_fill_the_waiting(ranks2: RankPool) -> None:
-    """Order of the graph that runs: everything is started before anything is waited for."""
+    """All chunks are on their way, then the shared experts run, then the first is waited for."""
     for seen in ranks2.run(compiled, "moe_fx", 4, False, False):
-        names = list(seen.ops)
-        assert seen.ops["moe_fx.all_to_all.default"] == 8
-        assert names.index("moe_fx.all_to_all.default") < names.index("moe_fx.wait.default")
+        start, wait = "moe_fx.all_to_all.default", "moe_fx.wait.default"
+        first_wait = seen.order.index(wait)
+        assert seen.ops[start] == 8 and seen.order[:first_wait].count(start) == 4
+        shared = seen.order.index("aten.matmul.default")
+        assert seen.order.index(start) < shared < first_wait
+
+
+def test_weights_are_not_gathered_for_a_program_that_exchanges_tokens(ranks2: RankPool) -> None:
+    for seen in ranks2.run(
+        compiled, "moe_fx", 1, False, False, "recording", GroupedLayer, None, "gather_weights"
+    ):
+        assert seen.program == [] and "the program exchanges tokens" in seen.declined[0]
+        assert "_c10d_functional.all_gather_into_tensor.default" not in seen.ops
+        assert seen.error <= 1e-5
 
 
 @pytest.mark.parametrize(

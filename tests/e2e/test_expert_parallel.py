@@ -86,6 +86,15 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def test_dtensors_that_are_computed_with_are_left_alone(
+    ranks2: RankPool, checkpoints: dict[str, Path]
+) -> None:
+    """A tensor-parallel model: right, and the report says why nothing was cut."""
+    for seen in ranks2.run(compiled, checkpoints["qwen3_moe"], "moe_fx", "eager", True, True):
+        assert seen.programs == [] and "works on a DTensor" in seen.declined[0]
+        assert seen.error <= 1e-5 and seen.gradient_error <= 1e-4
+
+
 OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:]]
 
 
