@@ -100,10 +100,9 @@ class DispatcherWay:
         return self._given(sent.args[0])
 
     def _check_sizes(self, there: Any, back: Any) -> None:
-        sizes = {_place_in_sizes(n) for n in (*there, *back)}
         read = [_place_in_sizes(n) for n in (*there, *back)]
-        sources = {place[0] for place in sizes if place is not None}
-        if None in sizes or len(sources) != 1 or [p[1] for p in read if p] != [0, 1, 1, 0]:
+        sources = {place[0] for place in read if place is not None}
+        if len(sources) != 1 or [place and place[1] for place in read] != [0, 1, 1, 0]:
             raise Refusal(
                 "the exchange and its way back do not have the dispatcher's sizes", self.end
             )
@@ -160,8 +159,9 @@ class DispatcherWay:
 
 
 def _is_size(node: Node) -> bool:
-    """A size and what is asserted of it, or an item of a tuple that nothing reads."""
-    return node.target is aten.sym_size.int or not node.users
+    """A number of rows, or an item of a tuple that nothing reads."""
+    unread = node.target is operator.getitem and not node.users
+    return unread or node.target is aten.sym_size.int
 
 
 def _item(node: Node, index: int) -> Node | None:

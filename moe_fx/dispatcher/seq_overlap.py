@@ -80,10 +80,11 @@ class MoEAlltoAllSeqOverLapDispatcher(MoEDispatcher):
         shared_experts: Callable[[Tensor], Any] | None = None,
         shared_experts_input: Tensor | None = None,
     ) -> None:
-        """The result of ``shared_experts(shared_experts_input)`` is in
-        ``cached_shared_expert_output``."""
+        """The result of ``shared_experts``, of ``shared_experts_input`` or else of the tokens, is
+        in ``cached_shared_expert_output``."""
         step = self._begin(hidden_states, probs, routing_map)
-        shared = self._beside(shared_experts, shared_experts_input)
+        given = hidden_states if shared_experts_input is None else shared_experts_input
+        shared = self._beside(shared_experts, given)
         step.permute1()
         self.cached_shared_expert_output = None if shared is None else shared.result()
 
@@ -249,10 +250,9 @@ class MoEAlltoAllSeqOverLapDispatcher(MoEDispatcher):
         step, self._step = self._current("token_permutation"), None
         return step.unpermute2()
 
-    def _beside(self, work: Callable[[Tensor], Any] | None, tokens: Tensor | None) -> Beside | None:
+    def _beside(self, work: Callable[[Tensor], Any] | None, tokens: Tensor) -> Beside | None:
         if work is None:
             return None
-        assert tokens is not None, "shared_experts_input is missing"
         cls = MoEAlltoAllSeqOverLapDispatcher
         if cls.overlap_stream is None and not torch.compiler.is_compiling():
             cls.overlap_stream = side_stream(tokens.device)

@@ -200,9 +200,25 @@ class ReadsRows(GroupedLayer):
         return d.token_unpermutation(rows)[0] + seen
 
 
+class KeepsRows(GroupedLayer):
+    """The rows that arrive are an output of the graph."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        d: Any = self.dispatcher
+        probs, ids = d.route(torch.nn.functional.linear(x, self.gate))
+        _, rows, counts = d.token_permutation(x, probs, ids)
+        self.kept = rows
+        ends = counts.cumsum(0).to(torch.int32)
+        rows = torch.ops.moe_fx.grouped_mm(rows, self.up, ends).chunk(2, dim=-1)[0]
+        return d.token_unpermutation(torch.ops.moe_fx.grouped_mm(rows, self.down, ends))[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        (KeepsRows, "is read by output"),
         (MixesRows, "with the experts of all ranks the result is another"),
         (ReadsRows, "is read by"),
     ],

@@ -130,3 +130,21 @@ def capacity(rank: int, pad: bool) -> bool:
 @pytest.mark.parametrize("pad", [False, True])
 def test_capacity(gpus: RankPool, pad: bool) -> None:
     assert all(gpus.run(capacity, pad))
+
+
+def counted(rank: int) -> list[int]:
+    """Counts and status, any wait of the host for the device being an error."""
+    torch.cuda.set_device(rank)
+    ids = torch.randint(EXPERTS, (64, TOP_K), device="cuda")
+    torch.ops.moe_fx.dispatch_counts(ids, EXPERTS, HIDDEN, 0)  # loads what the first call loads
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts, status = torch.ops.moe_fx.dispatch_counts(ids, EXPERTS, HIDDEN, 0)
+        torch.ops.moe_fx.arrived_experts(counts.view(2, -1), ids.numel())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return status.tolist()
+
+
+def test_counts_do_not_make_the_host_wait(gpus: RankPool) -> None:
+    assert gpus.run(counted) == [[0, 0, HIDDEN, 0]] * 2
