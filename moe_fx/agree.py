@@ -68,7 +68,7 @@ def ensure(group_name: str, text: str, timeout: float) -> None:
 
 
 def ensure_same(group_name: str, text: str, timeout: float) -> None:
-    """All ranks of the group use a dispatcher that ``text`` describes; asks them once."""
+    """All ranks of the group dispatch tokens as ``text`` describes; asks them once."""
     if (group_name, text) not in _agreed:
         publish(group_name, text, "dispatchers")
         compare(resolve_group(group_name), text, timeout, "dispatchers")

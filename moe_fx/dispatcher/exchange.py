@@ -99,8 +99,7 @@ class Step:
         self.received = self.gathered.narrow(1, first, local)
 
     def _gather(self, counts: Tensor, status: Tensor) -> Tensor:
-        agreed = f"{self.num_experts} experts on {self.world} ranks"
-        return _ops.gather_counts(counts, status, self.group_name, agreed, self.agree_timeout)
+        return _ops.gather_counts(counts, status, self.group_name, self.agree_timeout)
 
     def _check_alone(self, status: Tensor) -> None:
         if torch.compiler.is_compiling() or status.device.type != "cpu":
@@ -244,12 +243,12 @@ class Step:
         assert self.tp_group is not None
         tokens = torch.tensor([math.prod(hidden.shape[:-1])], device=hidden.device)
         if reason:
-            _, status = refused(1, hidden.device)
+            _, status = refused(self.num_experts, hidden.device)
         else:
-            facts = [FINE, 0, hidden.shape[-1], DTYPES.index(hidden.dtype)]
+            facts = [FINE, 0, hidden.shape[-1], DTYPES.index(hidden.dtype), self.num_experts]
             status = torch.tensor(facts, device=hidden.device)
         told = _ops.gather_counts(
-            tokens, status, self.tp_group.group_name, "tensor parallel", self.agree_timeout
+            tokens, status, self.tp_group.group_name, self.agree_timeout
         ).tolist()
         try:
             require_fine([each[1:] for each in told], self.num_experts, self.tp_group.rank())

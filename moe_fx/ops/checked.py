@@ -21,22 +21,25 @@ from moe_fx.ops._define import define
 FINE, OUT_OF_RANGE, REFUSED = range(3)
 """Codes: all is well; an id is no expert's (detail: the id); the rank has raised an error of its
 own already."""
-STATUS_LENGTH = 4
-"""``[code, detail, hidden size, dtype]``; the last two as in `WIDTH` and `DTYPES`."""
+STATUS_LENGTH = 5
+"""``[code, detail, hidden size, dtype, experts]``; the dtype by its place in `DTYPES`."""
+ROOM = 256
+"""Counts travel in messages for a multiple of so many experts, so that ranks which count different
+numbers of experts exchange messages all the same, and can be told."""
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _dispatch_counts(
     ids: Tensor, num_experts: int, width: int, dtype: int
 ) -> tuple[Tensor, Tensor]:
-    """``counts [E], status [4]``, without a host sync where ids are on a device."""
+    """``counts [E], status [5]``, without a host sync where ids are on a device."""
     flat = ids.reshape(-1).long()
     bad = (flat < 0) | (flat >= num_experts)
     bad_ids = torch.where(bad, flat, 0)
     bad_ids = torch.cat([bad_ids, bad_ids.new_zeros(1)])  # a rank may have none
     least, most = bad_ids.aminmax()
     worst = torch.where(most > 0, most, least)
-    facts = [bad_ids.new_full((), number) for number in (width, dtype)]
+    facts = [bad_ids.new_full((), number) for number in (width, dtype, num_experts)]
     status = torch.stack([bad.any().long() * OUT_OF_RANGE, worst, *facts])
     counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(0, flat.clamp(0, num_experts - 1), (~bad).long()), status
@@ -51,27 +54,26 @@ def _dispatch_counts_fake(
 
 def refused(num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What ``dispatch_counts`` gives for input that the rank has raised an error about."""
-    status = torch.tensor([REFUSED, 0, 0, 0], dtype=torch.int64, device=device)
+    status = torch.tensor([REFUSED, 0, 0, 0, num_experts], dtype=torch.int64, device=device)
     return torch.zeros(num_experts, dtype=torch.int64, device=device), status
 
 
-def _gather_counts(
-    counts: Tensor, status: Tensor, group: str, agreed: str, timeout: float
-) -> Tensor:
-    """``counts [E], status [4] -> [W, E + 4]``, of every rank. agreed: what the group's ranks must
-    have in common for this exchange to fit, compared before the first one."""
-    ensure_same(group, agreed, timeout)
+def _gather_counts(counts: Tensor, status: Tensor, group: str, timeout: float) -> Tensor:
+    """``counts [E], status [5] -> [W, E + 5]``, of every rank. Before the group's first message of
+    a size, waits ``timeout`` seconds for all ranks to come to theirs."""
+    experts = counts.numel()
+    room = -(-experts // ROOM) * ROOM
+    ensure_same(group, f"messages for {room} experts", timeout)
     process_group = resolve_group(group)
-    sent = torch.cat([counts, status])
-    copies = sent.repeat(process_group.size(), 1)
+    message = torch.cat([status, counts, counts.new_zeros(room - experts)])
+    copies = message.repeat(process_group.size(), 1)
     received = torch.empty_like(copies)
     dist.all_to_all_single(received, copies, group=process_group)
-    return received
+    statuses, theirs = received[:, :STATUS_LENGTH], received[:, STATUS_LENGTH:]
+    return torch.cat([theirs[:, :experts], statuses], 1)
 
 
-def _gather_counts_fake(
-    counts: Tensor, status: Tensor, group: str, agreed: str, timeout: float
-) -> Tensor:
+def _gather_counts_fake(counts: Tensor, status: Tensor, group: str, timeout: float) -> Tensor:
     return counts.new_empty((resolve_group(group).size(), counts.shape[0] + STATUS_LENGTH))
 
 
@@ -91,27 +93,27 @@ def _checked_sizes_fake(gathered: Tensor, num_experts: int, rank: int, chunks: i
 
 def require_fine(statuses: list[list[int]], num_experts: int, rank: int) -> None:
     """statuses: of every rank. Raises `BadInput`, the same on all of them."""
-    bad = [
-        f"rank {at}"
-        + (
-            f": an expert id is {detail}, expected 0 to {num_experts - 1}"
-            if code == OUT_OF_RANGE
-            else " raised an error of its own, see there"
-        )
-        for at, (code, detail, _, _) in enumerate(statuses)
-        if code != FINE
-    ]
+    bad = []
+    for at, (code, detail, *_) in enumerate(statuses):
+        if code == OUT_OF_RANGE:
+            bad.append(f"rank {at}: an expert id is {detail}, expected 0 to {num_experts - 1}")
+        elif code != FINE:
+            bad.append(f"rank {at} raised an error of its own, see there")
     if bad:
         raise BadInput(
             f"The dispatcher was given bad input, and no rank exchanged any rows. {'; '.join(bad)}."
         )
-    _, _, width, dtype = statuses[rank]
-    for at, (_, _, other_width, other_dtype) in enumerate(statuses):
-        if (other_width, other_dtype) != (width, dtype):
+    own = statuses[rank][2:]
+    for at, (_, _, *other) in enumerate(statuses):
+        if other != own:
             raise BadInput(
-                f"Ranks dispatch rows that do not fit together: rank {rank} has {width} features "
-                f"of {DTYPES[dtype]}, rank {at} has {other_width} of {DTYPES[other_dtype]}."
+                f"Ranks dispatch rows that do not fit together: rank {rank} has {_rows(*own)}, "
+                f"rank {at} has {_rows(*other)}."
             )
+
+
+def _rows(width: int, dtype: int, experts: int) -> str:
+    return f"{width} features of {DTYPES[dtype]} for {experts} experts"
 
 
 define(
@@ -121,7 +123,7 @@ define(
     _dispatch_counts_fake,
 )
 define(
-    "gather_counts(Tensor counts, Tensor status, str group, str agreed, float timeout) -> Tensor",
+    "gather_counts(Tensor counts, Tensor status, str group, float timeout) -> Tensor",
     _gather_counts,
     _gather_counts_fake,
 )

@@ -147,4 +147,4 @@ def counted(rank: int) -> list[int]:
 
 
 def test_counts_do_not_make_the_host_wait(gpus: RankPool) -> None:
-    assert gpus.run(counted) == [[0, 0, HIDDEN, 0]] * 2
+    assert gpus.run(counted) == [[0, 0, HIDDEN, 0, EXPERTS]] * 2
