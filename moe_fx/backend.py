@@ -13,13 +13,14 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
+from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
 from moe_fx.options import Options, parse_options
-from moe_fx.order import ORDERS_LATER, compile_ordered
+from moe_fx.order import ORDERS_LATER, base_arguments, compile_ordered
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
@@ -48,10 +49,14 @@ def moe_fx_backend(
     if parsed.strict:
         _check_strict(report)
     ordered = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
-    if ordered:
+    if report.regions and lowers(parsed, example_inputs):
+        compiled = compile_lowered(rewritten, example_inputs, parsed, report)
+    elif ordered:
         compiled = compile_ordered(rewritten, example_inputs, parsed)
     else:
-        compiled = base_compiler(parsed.base)(rewritten, list(example_inputs))
+        compiled = base_compiler(parsed.base)(
+            rewritten, list(example_inputs), **base_arguments(parsed)
+        )
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
@@ -86,7 +91,8 @@ def rewrite(
         measures=True,
         exchange_groups=groups,
     )
-    result = passes.run(captured, context, passes.pipeline(options.base in ORDERS_LATER))
+    later = options.base in ORDERS_LATER or lowers(options, local.inputs)
+    result = passes.run(captured, context, passes.pipeline(later))
     return local, local.module if result is captured else result, groups
 
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.output_graph import GraphCompileReason
-from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
@@ -32,6 +33,7 @@ __all__ = [
     "CustomGraphPass",
     "FakeValues",
     "all_gather_rows",
+    "aot_eager_compiler",
     "assert_on_device",
     "base_compiler",
     "data_dependent_size",
@@ -96,6 +98,16 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
+
+
+def aot_eager_compiler(own: Callable[[GraphModule], None]) -> Callable[..., Callable[..., Any]]:
+    """A torch.compile backend that differentiates, hands each graph to ``own``, and runs it."""
+
+    def run(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        own(module)
+        return make_boxed_func(module.forward)
+
+    return aot_autograd(fw_compiler=run, bw_compiler=run)
 
 
 def inductor_passes(own: CustomGraphPass) -> Any:

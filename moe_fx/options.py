@@ -22,6 +22,7 @@ Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
 Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "gather_weights"]
 Overflow = Literal["error", "drop"]
+Lower = Literal["auto", "off", "npu"]
 
 
 class Options(BaseModel):
@@ -29,8 +30,14 @@ class Options(BaseModel):
 
     ep_group: the expert-parallel group of a *replicated* program. A *gathered* program
         (`moe_fx.shard_experts`) brings its own. Without either, MoE layers stay on one device.
-    base: the compiler that gets the rewritten graph: "inductor", "aot_eager", "eager", or any
-        other registered torch.compile backend.
+    base: the compiler that gets the rewritten graph: "inductor", "npugraph_ex" or "torchair" (both
+        of torch_npu: docs/ascend.md), "aot_eager", "eager", or any other registered torch.compile
+        backend.
+    base_options: options for that compiler: Inductor's ``options``, npugraph_ex's ``options``,
+        attributes of torchair's ``CompilerConfig`` by their dotted names.
+    lower: make ops of the device of the dialect ops: "auto": on an NPU; "off"; "npu": wherever the
+        graph is, for tests with `moe_fx.ascend.reference`.
+    exchange_cores: (AI cores, vector cores) that ops on the exchange's stream may use on an NPU.
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
@@ -55,6 +62,9 @@ class Options(BaseModel):
 
     ep_group: Any = Field(default=None, repr=False)
     base: str = "inductor"
+    base_options: Mapping[str, Any] = Field(default_factory=dict)
+    lower: Lower = "auto"
+    exchange_cores: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     verify: Verification = "compile"
     strict: bool = False
     strategy: Strategy = "auto"

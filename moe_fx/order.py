@@ -35,14 +35,23 @@ class OrderPass(CustomGraphPass):
         return f"moe_fx.OrderPass {SOURCES} {torch.__version__} {self.memory}"
 
 
+def base_arguments(options: Options) -> dict[str, Any]:
+    """How the base compiler takes its options."""
+    if not options.base_options:
+        return {}
+    name = "config_patches" if options.base == "inductor" else "options"
+    return {name: dict(options.base_options)}
+
+
 def compile_ordered(
     module: GraphModule, inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     """``module`` compiled by ``options.base``, which orders what it makes of it if it can."""
     compiler = base_compiler(options.base)
     if options.base not in ORDERS_LATER:
-        return compiler(module, list(inputs))
+        return compiler(module, list(inputs), **base_arguments(options))
     patches = {
+        **options.base_options,
         "post_grad_custom_pre_pass": inductor_passes(OrderPass(options.overlap_memory)),
         # The first would start each exchange where it is waited for, the second do the filling
         # before anything is started.

@@ -194,3 +194,15 @@ class Declined:
     source: str
     nearest_form: str = ""
     reads_experts: bool = True
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What became of a dialect op on the device. to: the ops in its place, none if it was kept,
+    ``kept`` saying why."""
+
+    op: str
+    to: tuple[str, ...]
+    node: str
+    source: str
+    kept: str = ""

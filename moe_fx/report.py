@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moe_fx import report_schema
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Region
+from moe_fx.region import Declined, Lowered, Region
 from moe_fx.report_html import page
 
 _WIDTH = 120
@@ -26,13 +26,16 @@ _WIDTH = 120
 @dataclass
 class Report:
     """regions, declined: in graph order. plans: one per region that is not "exchanged" already.
-    pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers."""
+    pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
+    lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
+    compiles, after ``on_report``."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
     pass_seconds: dict[str, float] = field(default_factory=dict)
     graphs: int = 0
+    lowered: list[Lowered] = field(default_factory=list)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -43,6 +46,7 @@ class Report:
         self.declined += other.declined
         self.plans += other.plans
         self.graphs += other.graphs
+        self.lowered += other.lowered
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
@@ -60,6 +64,7 @@ class Report:
             "declined": [asdict(declined) for declined in self.declined],
             "plans": [asdict(plan) | {"host_sync": plan.host_sync} for plan in self.plans],
             "pass_seconds": self.pass_seconds,
+            "lowered": [asdict(each) for each in self.lowered],
         }
 
     def to_text(self) -> str:

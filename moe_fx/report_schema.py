@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import BaseModel, Field, create_model
 
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Region, Router, Verification
+from moe_fx.region import Declined, Lowered, Region, Router, Verification
 
 VERSION = 1
 """Grows when a field is taken away or changes its meaning; not when one is added."""
@@ -40,6 +40,7 @@ def _report() -> type[BaseModel]:
         "declined": list[_model(Declined)],  # type: ignore[misc]
         "plans": list[plan],  # type: ignore[valid-type]
         "pass_seconds": dict[str, float],
+        "lowered": list[_model(Lowered)],  # type: ignore[misc]
     }
     return _of_types("Report", types)
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
@@ -121,6 +122,23 @@ def _all_to_all_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, gro
     return torch.empty((1,), dtype=torch.int64, device="cpu")
 
 
+def _exchange(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+    """``all_to_all`` and its ``wait`` in one, on the stream that is current: for compilers that put
+    a whole exchange on a stream of its own."""
+    send, recv = send_counts.tolist(), recv_counts.tolist()
+    received = rows.new_empty((sum(recv), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), recv, send, group=resolve_group(group))
+    return received
+
+
+def _exchange_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+    return rows.new_empty((data_dependent_size(), *rows.shape[1:]))
+
+
+def _keep(sent: Tensor) -> None:
+    """Does nothing: until it has run the buffer is not free."""
+
+
 def _wait(
     handle: Tensor,
     sent: Tensor,
@@ -198,6 +216,13 @@ define(
     _all_to_all,
     _all_to_all_fake,
     any_layout=True,
+)
+define("keep(Tensor sent) -> ()", _keep, _keep)
+has_side_effect(torch.ops.moe_fx.keep.default)
+define(
+    "exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
+    _exchange,
+    _exchange_fake,
 )
 define(
     "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "

@@ -65,6 +65,28 @@ def gating_top_k(
     return weights * scale, ids
 
 
+def _gating_top_k(
+    logits: Tensor,
+    k: int,
+    score: str,
+    select_bias: Tensor | None,
+    num_groups: int,
+    topk_group: int,
+    group_score: str,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``route``, in one op that a lowering finds: softmax scores are not renormalised, sigmoid ones
+    are, as by ``torch_npu.npu_moe_gating_top_k``. Has no gradients."""
+    groups = (num_groups, topk_group, group_score)
+    return gating_top_k(logits, k, score, select_bias, *groups, score == "sigmoid", eps, scale)
+
+
+def _gating_top_k_fake(logits: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
 def _expert_counts(ids: Tensor, num_experts: int) -> Tensor:
     flat = ids.reshape(-1).long()
     if flat.device.type != "cpu":  # bincount would wait for the device to tell the largest id
@@ -270,6 +292,12 @@ define_composite(
     "int topk_group=1, str group_score='top2', bool renormalise=False, float eps=0.0, "
     "float scale=1.0) -> (Tensor weights, Tensor ids)",
     gating_top_k,
+)
+define(
+    "gating_top_k(Tensor logits, int k, str score, Tensor? select_bias, int num_groups, "
+    "int topk_group, str group_score, float eps, float scale) -> (Tensor weights, Tensor ids)",
+    _gating_top_k,
+    _gating_top_k_fake,
 )
 define("expert_counts(Tensor ids, int num_experts) -> Tensor", _expert_counts, _expert_counts_fake)
 define(

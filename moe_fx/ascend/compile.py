@@ -1,0 +1,134 @@
+"""A rewritten graph, compiled for an NPU: ordered, lowered, its exchanges on a stream of their own.
+
+All of it happens to the graphs that the base compiler runs, forward and backward, where it hands
+them to custom passes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from moe_fx.ascend import npu
+from moe_fx.ascend.happens_before import races, unkept
+from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
+from moe_fx.ascend.streams import StreamOps, exchanged, use_streams
+from moe_fx.compat import aot_eager_compiler
+from moe_fx.errors import ConfigurationError
+from moe_fx.options import Options
+from moe_fx.passes.lower import lower
+from moe_fx.passes.overlap import overlap
+from moe_fx.report import Report
+from moe_fx.sources import SOURCES
+
+log = logging.getLogger("moe_fx")
+
+_EAGER = ("eager", "aot_eager")
+
+
+def lowers(options: Options, inputs: Sequence[Any]) -> bool:
+    """Whether graphs with these inputs are lowered."""
+    if options.lower == "off":
+        return False
+    on_npu = any(isinstance(value, Tensor) and value.device.type == "npu" for value in inputs)
+    return options.lower == "npu" or on_npu or options.base in npu.COMPILERS
+
+
+def compile_lowered(
+    module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
+) -> Callable[..., Any]:
+    """``module``, which has dialect ops, compiled by ``options.base``.
+
+    Raises `ConfigurationError` for a base that no lowering is for.
+    """
+    if options.base in _EAGER:
+        return aot_eager_compiler(EagerPass(options, report))(module, list(inputs))
+    if options.base == "npugraph_ex":
+        return _npugraph_ex(module, inputs, options, report)
+    if options.base == "torchair":
+        from moe_fx.ascend.ge import compile_ge
+
+        return compile_ge(module, inputs, options, report)
+    raise ConfigurationError(
+        f"There is no lowering to NPU ops for base={options.base!r}. Use base='npugraph_ex', "
+        "'torchair' or 'aot_eager', or lower='off' for ATen calls."
+    )
+
+
+class EagerPass:
+    """Orders and lowers one graph in place; exchanges stay asynchronous, as torch.distributed has
+    them."""
+
+    def __init__(self, options: Options, report: Report) -> None:
+        self.options, self.report = options, report
+
+    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        graph = module.graph
+        if self.options.overlap != "off":
+            overlap(graph, self.options.overlap_memory)
+        self.report.lowered += lower(graph, LOWERINGS, {is_swiglu: swiglu})
+        module.recompile()
+
+
+class NpuGraphPass(EagerPass):
+    """As `EagerPass`, for npugraph_ex's ``post_grad_custom_pre_pass``: exchanges run on a stream of
+    their own. Raises `RuntimeError` if that left an edge between streams unordered."""
+
+    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        super().__call__(module)
+        exchanges = use_streams(module.graph, stream_ops(self.options), exchanged)
+        check_order(module)
+        module.recompile()
+        log.info("%d exchanges on stream %s", exchanges, "moe_fx_exchange")
+
+    def uuid(self) -> str:
+        described = self.options.model_dump(exclude={"ep_group", "on_report"})
+        return f"moe_fx.NpuGraphPass {SOURCES} {torch.__version__} {described}"
+
+
+def stream_ops(options: Options) -> StreamOps:
+    npu.npugraph_ex()
+    own = torch.ops.npugraph_ex
+    cores = options.exchange_cores
+    names = ("_op_aicore_num", "_op_vectorcore_num")
+    scope = () if cores is None else tuple(zip(names, map(str, cores), strict=True))
+    return StreamOps(
+        own.scope_enter.default,
+        own.scope_exit.default,
+        own.tagged_event_record.default,
+        own.tagged_event_wait.default,
+        npu.create_event,
+        scope,
+    )
+
+
+def check_order(module: GraphModule) -> None:
+    found = [*races(module.graph), *unkept(module.graph)]
+    if found:
+        raise RuntimeError(
+            "moe_fx: the graph for the NPU has unordered edges between streams; this is a bug, "
+            f"please report it with the graph: {'; '.join(map(str, found))}"
+        )
+
+
+def _npugraph_ex(
+    module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
+) -> Callable[..., Any]:
+    compiler = npu.npugraph_ex_compiler()
+    settings = {
+        **options.base_options,
+        "post_grad_custom_pre_pass": NpuGraphPass(options, report),
+    }
+    if any(plan.host_sync for plan in report.plans):
+        log.warning(
+            "base='npugraph_ex' runs this graph op by op and does not capture it: %s. Strategies "
+            "without a host sync: strategy='mc2', 'allgather' or 'padded_alltoall'.",
+            next(plan.capture for plan in report.plans if plan.host_sync),
+        )
+        settings["force_eager"] = True
+    return compiler(module, list(inputs), options=settings)

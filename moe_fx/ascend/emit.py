@@ -1,0 +1,72 @@
+"""Adds torch_npu ops to a graph, each checked first, with its fake value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from moe_fx.ascend.constraints import violations
+from moe_fx.compat import FakeValues
+
+
+class Unmet(Exception):
+    """An op can't be lowered; the message says why."""
+
+
+class Emit:
+    """Calls add nodes where the graph's insertion point is. like: the node whose source they take
+    over."""
+
+    def __init__(self, graph: Graph, values: FakeValues, like: Node) -> None:
+        self.graph, self.values, self.like = graph, values, like
+        self.added: list[Node] = []
+
+    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(op, args, kwargs)
+        self.added.append(node)
+        node.meta.update({k: v for k, v in self.like.meta.items() if k == "stack_trace"})
+        self.values.compute(node)
+        return node
+
+    def npu(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        """``npu::name``. Raises `Unmet` if torch_npu lacks it or documents that it refuses this."""
+        op = getattr(torch.ops.npu, name, None)
+        if op is None:
+            raise Unmet(f"this torch_npu has no {name}")
+        wrong = violations(name, *map_arg((args, kwargs), value_of))
+        if wrong:
+            raise Unmet(f"npu::{name}: {'; '.join(wrong)}")
+        return self(op.default, *args, **kwargs)
+
+    def item(self, node: Node, index: int) -> Node:
+        return self(operator.getitem, node, index)
+
+    def size(self, node: Node, dim: int) -> Any:
+        """A number where it is known, else a node."""
+        size = value_of(node).shape[dim]
+        return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, node, dim)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        if value_of(node).dtype == dtype:
+            return node
+        return self(torch.ops.aten._to_copy.default, node, dtype=dtype)
+
+    def flat(self, node: Node) -> Node:
+        """``[n, ...] -> [n, m]``."""
+        sizes = value_of(node).shape
+        if len(sizes) == 2:
+            return node
+        width = 1
+        for size in sizes[1:]:
+            width = width * size
+        return self(torch.ops.aten.reshape.default, node, [self.size(node, 0), width])
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node; anything else as it is."""
+    return node.meta["val"] if isinstance(node, Node) else node

@@ -1,0 +1,80 @@
+"""Every import of torch_npu's internals, so that a torch_npu release breaks one file.
+
+Checked on torch_npu 2.13.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from moe_fx.compat import base_compiler, resolve_group
+from moe_fx.errors import ConfigurationError
+
+COMPILERS = ("npugraph_ex", "torchair")
+
+
+def require_torch_npu(base: str) -> None:
+    """Raises `ConfigurationError` unless torch_npu, which has the compiler ``base``, is there."""
+    if importlib.util.find_spec("torch_npu") is None:
+        raise ConfigurationError(
+            f"base={base!r} is a compiler of torch_npu, which is not installed. Install the "
+            "torch_npu of your torch and CANN version, or use base='inductor'."
+        )
+
+
+def tag_and_ranks(group_name: str) -> tuple[str, list[int]]:
+    """How torch_npu's collectives name a process group."""
+    group = resolve_group(group_name)
+    tag = distributed_c10d._get_group_tag(group)
+    return tag, list(dist.get_process_group_ranks(group))
+
+
+def communicator_name(group_name: str) -> str:
+    """HCCL's name of the group on this rank, for MC2."""
+    group = resolve_group(group_name)
+    backend = cast(Any, group)._get_backend(torch.device("npu"))
+    name: str = backend.get_hccl_comm_name(dist.get_rank())
+    return name
+
+
+def all_to_all_op() -> Callable[..., Any]:
+    """``npu_define::all_to_all_single_npu``, of whichever compiler was loaded first."""
+    npugraph_ex()
+    return cast(Callable[..., Any], torch.ops.npu_define.all_to_all_single_npu.default)
+
+
+def npugraph_ex() -> Any:
+    """The module, whose ops it registers."""
+    require_torch_npu("npugraph_ex")
+    import torch_npu  # noqa: F401
+    import npugraph_ex as module  # isort: skip
+
+    return module
+
+
+def torchair() -> Any:
+    require_torch_npu("torchair")
+    import torch_npu  # noqa: F401
+    import torchair as module  # isort: skip
+
+    return module
+
+
+def create_event(tag: str) -> None:
+    """The event that ``tagged_event_record/wait(tag, True)`` mean; recorded with the graph, so that
+    code from a cache makes it again."""
+    from npugraph_ex._acl_concrete_graph.graph_pass import _create_event_by_name
+
+    _create_event_by_name(tag)
+
+
+def npugraph_ex_compiler() -> Callable[..., Any]:
+    """The torch.compile backend."""
+    npugraph_ex()
+    return base_compiler("npugraph_ex")
