@@ -57,14 +57,14 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(cast(Any, name))
 
 
-def data_dependent_size() -> SymInt | int:
+def data_dependent_size(least: int = 0) -> SymInt | int:
     """A fresh unbacked size, from within a fake kernel.
 
     Not ``get_ctx().new_dynamic_size()``: that refuses unless Dynamo was told to capture ops with
     data-dependent shapes, which ``torch.compile`` does only under ``fullgraph=True``. The model's
     own graph has no such op; ours are put in later.
     """
-    return allocate_size(get_ctx()._shape_env, min_val=0)
+    return allocate_size(get_ctx()._shape_env, min_val=least)
 
 
 def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from moe_fx.ascend import npu
 from moe_fx.ascend.happens_before import races, unkept
 from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
-from moe_fx.ascend.streams import StreamOps, exchanged, use_streams
+from moe_fx.ascend.streams import StreamOps, use_streams
 from moe_fx.compat import aot_eager_compiler
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
@@ -81,10 +81,9 @@ class NpuGraphPass(EagerPass):
 
     def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         super().__call__(module)
-        exchanges = use_streams(module.graph, stream_ops(self.options), exchanged)
+        self.report.lowered += use_streams(module.graph, stream_ops(self.options))
         check_order(module)
         module.recompile()
-        log.info("%d exchanges on stream %s", exchanges, "moe_fx_exchange")
 
     def uuid(self) -> str:
         described = self.options.model_dump(exclude={"ep_group", "on_report"})
@@ -94,16 +93,11 @@ class NpuGraphPass(EagerPass):
 def stream_ops(options: Options) -> StreamOps:
     npu.npugraph_ex()
     own = torch.ops.npugraph_ex
-    cores = options.exchange_cores
-    names = ("_op_aicore_num", "_op_vectorcore_num")
-    scope = () if cores is None else tuple(zip(names, map(str, cores), strict=True))
     return StreamOps(
         own.scope_enter.default,
         own.scope_exit.default,
-        own.tagged_event_record.default,
-        own.tagged_event_wait.default,
-        npu.create_event,
-        scope,
+        (npu.create_event, own.tagged_event_record.default, own.tagged_event_wait.default),
+        options.exchange_cores,
     )
 
 

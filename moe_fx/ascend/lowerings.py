@@ -7,6 +7,7 @@ then the dialect op stays, which runs in ATen calls.
 | dialect | torch_npu |
 |---|---|
 | permute, permute_chunks, regroup | npu_moe_token_permute (regroup: by the experts that arrive) |
+| permute_local | npu_moe_init_routing_v2 |
 | unpermute, unpermute_chunks | npu_moe_token_unpermute; unweighted: npu_moe_token_permute_grad_v2 |
 | unpermute_grad | npu_moe_token_unpermute_grad |
 | grouped_mm, grouped_mm_list, grouped_mm_grad_weight | npu_grouped_matmul |
@@ -90,6 +91,52 @@ def regroup(emit: Emit, node: Node) -> Lowered:
     return permuted(emit, rows, experts)
 
 
+def routed(
+    emit: Emit, tokens: Node, ids: Node, experts: int, own: tuple[int, int] | None = None
+) -> tuple[Node, Node, Node]:
+    """(rows of the experts ``own``, row_map with -1 for others, counts of ``own``)."""
+    if value_of(ids).dim() == 1:
+        ids = emit(aten.reshape.default, ids, [-1, 1])
+    both = emit.npu(
+        "npu_moe_init_routing_v2",
+        emit.flat(tokens),
+        emit.cast(ids, torch.int32),
+        active_num=-1,
+        expert_num=experts,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        active_expert_range=list(own or (0, experts)),
+        row_idx_type=0,
+    )
+    rows, row_map, counts = (emit.item(both, at) for at in range(3))
+    tail = value_of(tokens).shape[1:]
+    if len(tail) != 1:
+        rows = emit(aten.reshape.default, rows, [-1, *tail])
+    return rows, row_map, counts
+
+
+def permute_local(emit: Emit, node: Node) -> Lowered:
+    tokens, ids, first, local, world, most, capacity_factor, _ = arguments(node)
+    if capacity_factor is not None:
+        raise Unmet("npu_moe_init_routing_v2: a capacity_factor is not lowered")
+    rows, row_map, counts = routed(emit, tokens, ids, world * local, (first, first + local))
+    room = value_of(node)[0].shape[0]
+    if not isinstance(room, int):
+        room = emit(operator.mul, emit.size(tokens, 0), most)
+    if most < value_of(ids).shape[1]:
+        rows = emit(aten.slice.Tensor, rows, 0, 0, room)
+    nowhere = emit(aten.lt.Scalar, row_map, 0)
+    row_map = emit(aten.where.self, nowhere, _number(emit, room, row_map), row_map)
+    return rows, row_map, counts
+
+
+def _number(emit: Emit, number: Any, like: Node) -> Node:
+    value = value_of(like)
+    return emit(
+        aten.full.default, [1], number, dtype=value.dtype, device=value.device, pin_memory=False
+    )
+
+
 def unpermute(emit: Emit, node: Node) -> Lowered:
     rows, row_map, weights, shape, missing = arguments(node)
     return unpermuted(emit, node, rows, row_map, weights, shape, missing)
@@ -100,7 +147,7 @@ def unpermuted(
 ) -> Node:
     result = value_of(node)
     rows = emit.cast(emit.flat(rows), result.dtype)
-    top_k = _top_k(row_map, result)
+    top_k = experts_per_token(row_map, result)
     if missing or _may_miss(rows, row_map):
         rows, row_map = with_empty_row(emit, rows, row_map)
     if weights is not None:
@@ -136,7 +183,7 @@ def with_empty_row(emit: Emit, rows: Node, row_map: Node) -> tuple[Node, Node]:
     )
 
 
-def _top_k(row_map: Node, result: torch.Tensor) -> int:
+def experts_per_token(row_map: Node, result: torch.Tensor) -> int:
     """Experts per token."""
     pairs, tokens = value_of(row_map).shape[0], result.shape[0]
     if tokens is pairs or tokens == pairs:
@@ -284,6 +331,7 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.permute.default: permute,
     ops.permute_chunks.default: permute_chunks,
     ops.regroup.default: regroup,
+    ops.permute_local.default: permute_local,
     ops.unpermute.default: unpermute,
     ops.unpermute_chunks.default: unpermute_chunks,
     ops.unpermute_grad.default: unpermute_grad,

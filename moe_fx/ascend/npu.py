@@ -78,3 +78,27 @@ def npugraph_ex_compiler() -> Callable[..., Any]:
     """The torch.compile backend."""
     npugraph_ex()
     return base_compiler("npugraph_ex")
+
+
+def ge_api() -> tuple[Any, Any]:
+    """(what makes GE ops, GE's int64)."""
+    torchair()
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge._ge_graph import DataType
+
+    return ge_apis, DataType.DT_INT64
+
+
+def ge_group(group_name: str) -> Any:
+    """HCCL's name of a group, for a GE op."""
+    from torchair._ge_concrete_graph.hcom_utils import get_group_name_and_record
+
+    tag, ranks = tag_and_ranks(group_name)
+    return get_group_name_and_record(tag, ranks, len(ranks))
+
+
+def keep_in_ge(tensor: Any) -> None:
+    """GE is not to drop what computes ``tensor`` if nothing reads it: other ranks wait for it."""
+    from torchair.ge._ge_graph import dont_prune_me
+
+    dont_prune_me(tensor)

@@ -1,4 +1,4 @@
-"""Exchanges on a stream of their own, for npugraph_ex.
+"""Exchanges on a stream of their own.
 
 Contract. In: a graph of the order wanted, each exchange started by ``all_to_all`` and ended by
 ``wait``. Out: where an exchange was started it runs, on the stream `LABEL`, as one op that returns
@@ -9,8 +9,9 @@ Pseudo-code, of one exchange::
     start: record(ready);  on `LABEL`: wait(ready); received = exchange(sent); record(arrived)
     wait:  wait(arrived);  keep(sent)
 
-Every edge between the streams has an event: what npugraph_ex adds by itself forks at the graph's
-begin and joins at its end, so that what reads in between would be unordered (torch_npu 2.13).
+Under npugraph_ex every edge between the streams has an event: what it adds by itself forks at the
+graph's begin and joins at its end, so that what reads in between would be unordered (torch_npu
+2.13). GE orders streams by the edges of its graph: there only the label is set.
 ``keep`` takes the sent rows when they have been sent: until then nobody else is given their buffer.
 (The received rows need none: what takes their place on the exchange's stream waits for all that the
 main stream had done.) `happens_before.py` checks the result.
@@ -29,82 +30,95 @@ from torch.fx import Graph, Node
 
 from moe_fx.ascend.emit import Emit, value_of
 from moe_fx.compat import FakeValues
+from moe_fx.region import Lowered, source_of
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
 LABEL = "moe_fx_exchange"
 _WAITS = (ops.wait.default, ops.wait_after.default)
+_UNCHECKED = (
+    "an NPU has no assertion that the host need not wait for: that all ranks have the same number "
+    "of tokens is not checked"
+)
 _tags = itertools.count()
 
 
 @dataclass(frozen=True)
 class StreamOps:
-    """How a compiler spells streams. scope: further (key, value) of the exchange's scope; create:
-    makes the event of a tag."""
+    """How a compiler spells streams. events: what makes the event of a tag, and the ops that record
+    it and wait for it; None where the compiler orders streams by the edges of the graph. cores:
+    (AI cores, vector cores) for the exchanges."""
 
     enter: Callable[..., Any]
     exit: Callable[..., Any]
-    record: Callable[..., Any]
-    wait: Callable[..., Any]
-    create: Callable[[str], None]
-    scope: tuple[tuple[str, str], ...] = ()
+    events: tuple[Callable[[str], None], Callable[..., Any], Callable[..., Any]] | None
+    cores: tuple[int, int] | None = None
+
+    def scope(self) -> tuple[list[str], list[str]]:
+        """(keys, values) of an exchange's scope."""
+        keys, settings = ["_user_stream_label"], [LABEL]
+        if self.cores is not None:
+            keys += ["_op_aicore_num", "_op_vectorcore_num"]
+            settings += [str(each) for each in self.cores]
+        return keys, settings
 
 
-def use_streams(graph: Graph, stream: StreamOps, exchange: Callable[[Emit, Node], Node]) -> int:
-    """Put every exchange of ``graph`` on the stream, in place; how many there are. exchange: emits
-    the op that runs one, from its start."""
+def use_streams(graph: Graph, stream: StreamOps) -> list[Lowered]:
+    """Put every exchange of ``graph`` on the stream, in place; what was done."""
     values = FakeValues(graph)
-    waits = [node for node in graph.nodes if node.target in _WAITS]
-    for wait in waits:
+    done = []
+    for wait in [node for node in graph.nodes if node.target in _WAITS]:
         start = wait.args[0]
         assert isinstance(start, Node)
-        number = next(_tags)
-        received = _start(start, stream, exchange, values, number)
-        _finish(wait, start, received, stream, number)
-    return len(waits)
+        emit = Emit(graph, values, like=start)
+        tag = f"moe_fx_{next(_tags)}"
+        received = _start(start, stream, emit, tag)
+        _finish(wait, start, received, stream, tag)
+        done.append(Lowered("moe_fx.all_to_all", _collectives(emit), received.name, source_of(wait)))
+    for node in graph.find_nodes(op="call_function", target=ops.even_sizes.default):
+        done.append(Lowered("moe_fx.even_sizes", (), node.name, source_of(node), _UNCHECKED))
+    graph.eliminate_dead_code()
+    graph.lint()
+    return done
 
 
-def _start(
-    start: Node,
-    stream: StreamOps,
-    exchange: Callable[[Emit, Node], Node],
-    values: FakeValues,
-    number: int,
-) -> Node:
-    ready, arrived = _tag(number, "ready"), _tag(number, "arrived")
-    stream.create(ready)
-    stream.create(arrived)
-    keys = ["_user_stream_label", *(key for key, _ in stream.scope)]
-    settings = [LABEL, *(value for _, value in stream.scope)]
+def _start(start: Node, stream: StreamOps, emit: Emit, tag: str) -> Node:
     graph = start.graph
-    emit = Emit(graph, values, like=start)
     with graph.inserting_before(start):
-        graph.call_function(stream.record, (ready, True))
-        graph.call_function(stream.enter, (keys, settings))
-        graph.call_function(stream.wait, (ready, True))
-        received = exchange(emit, start)
-        graph.call_function(stream.record, (arrived, True))
+        if stream.events is not None:
+            create, record, wait = stream.events
+            create(f"{tag}_ready")
+            create(f"{tag}_arrived")
+            graph.call_function(record, (f"{tag}_ready", True))
+        graph.call_function(stream.enter, stream.scope())
+        if stream.events is not None:
+            graph.call_function(wait, (f"{tag}_ready", True))
+        received = _exchanged(emit, start)
+        if stream.events is not None:
+            graph.call_function(record, (f"{tag}_arrived", True))
         graph.call_function(stream.exit, ())
     return received
 
 
-def _finish(wait: Node, start: Node, received: Node, stream: StreamOps, number: int) -> None:
-    graph, sent = wait.graph, wait.args[1]
-    with graph.inserting_before(wait):
-        graph.call_function(stream.wait, (_tag(number, "arrived"), True))
-        graph.call_function(ops.keep.default, (sent,))
+def _finish(wait: Node, start: Node, received: Node, stream: StreamOps, tag: str) -> None:
+    graph, buffers = wait.graph, wait.args[1:4]
+    if stream.events is not None:
+        with graph.inserting_before(wait):
+            graph.call_function(stream.events[2], (f"{tag}_arrived", True))
+            graph.call_function(ops.keep.default, (list(dict.fromkeys(buffers)),))
     wait.replace_all_uses_with(received, propagate_meta=False)
     graph.erase_node(wait)
     if not start.users:
         graph.erase_node(start)
 
 
-def _tag(number: int, moment: str) -> str:
-    return f"moe_fx_{number}_{moment}"
+def _collectives(emit: Emit) -> tuple[str, ...]:
+    names = (str(node.target).removesuffix(".default") for node in emit.added)
+    return tuple(name for name in names if name.startswith(("npu_define", "moe_fx")))
 
 
-def exchanged(emit: Emit, start: Node) -> Node:
+def _exchanged(emit: Emit, start: Node) -> Node:
     """The exchange that ``start`` starts, as one op."""
     rows, send_counts, recv_counts, group = start.args
     if is_even(send_counts):

@@ -132,11 +132,13 @@ def _exchange(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str
 
 
 def _exchange_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
-    return rows.new_empty((data_dependent_size(), *rows.shape[1:]))
+    """Of two rows or more, for the compiler's sake: torchair asks of every size whether it is 0.
+    Nothing in a graph around it depends on that."""
+    return rows.new_empty((data_dependent_size(least=2), *rows.shape[1:]))
 
 
-def _keep(sent: Tensor) -> None:
-    """Does nothing: until it has run the buffer is not free."""
+def _keep(buffers: list[Tensor]) -> None:
+    """Does nothing: until it has run the buffers are not free."""
 
 
 def _wait(
@@ -217,7 +219,7 @@ define(
     _all_to_all_fake,
     any_layout=True,
 )
-define("keep(Tensor sent) -> ()", _keep, _keep)
+define("keep(Tensor[] buffers) -> ()", _keep, _keep)
 has_side_effect(torch.ops.moe_fx.keep.default)
 define(
     "exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",

@@ -1,0 +1,124 @@
+"""Graphs for torchair: lowered to what GE graphs hold, exchanges labelled with their stream.
+
+An exchange of sizes that the routing says is ``moe_fx::exchange``, whose converter gives GE the
+sizes as tensors of the graph (HcomAllToAllV): the host need not know them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from moe_fx.ascend import npu
+from moe_fx.ascend.ge_lowerings import GE_LOWERINGS, note_experts
+from moe_fx.ascend.lowerings import is_swiglu, swiglu
+from moe_fx.ascend.streams import StreamOps, use_streams
+from moe_fx.errors import ConfigurationError
+from moe_fx.options import Options
+from moe_fx.passes.lower import lower
+from moe_fx.passes.overlap import overlap
+from moe_fx.region import Lowered, source_of
+from moe_fx.report import Report
+
+ops = torch.ops.moe_fx
+
+
+class GePass:
+    """Orders and lowers one graph in place, for torchair's ``post_grad_custom_pre_pass``.
+
+    Raises `ConfigurationError` if an op is left that GE does not know.
+    """
+
+    def __init__(self, options: Options, report: Report) -> None:
+        self.options, self.report = options, report
+
+    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        register_converters()
+        graph = module.graph
+        if self.options.overlap != "off":
+            overlap(graph, self.options.overlap_memory)
+        note_experts(graph)
+        done = lower(graph, GE_LOWERINGS, {is_swiglu: swiglu})
+        air = torch.ops.air
+        scopes = StreamOps(
+            air.scope_enter.default, air.scope_exit.default, None, self.options.exchange_cores
+        )
+        done += use_streams(graph, scopes)
+        self.report.lowered += done
+        _check_converters(graph, done)
+        module.recompile()
+
+
+def _check_converters(graph: Graph, done: Sequence[Lowered]) -> None:
+    left = [n for n in graph.nodes if n.op == "call_function" and _is_foreign(n)]
+    if left:
+        reasons = {f"{each.op}: {each.kept}" for each in done if each.kept}
+        names = sorted({str(node.target) for node in left})
+        raise ConfigurationError(
+            f"base='torchair' does not know {', '.join(names)} (first at {source_of(left[0])}). "
+            + (f"{'; '.join(sorted(reasons))}. " if reasons else "")
+            + "Use strategy='allgather', or 'alltoall' in one chunk, or base='npugraph_ex'."
+        )
+
+
+def _is_foreign(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "moe_fx" and node.target not in _CONVERTED
+
+
+_CONVERTED = (ops.exchange.default,)
+
+
+@functools.cache
+def register_converters() -> None:
+    """Teach torchair the one op of ours that GE graphs hold."""
+    torchair = npu.torchair()
+    ge, tensor_type = npu.ge_api()
+
+    @torchair.register_fx_node_ge_converter(ops.exchange.default)
+    def convert(
+        rows: Any, send_counts: Any, recv_counts: Any, group: str, meta_outputs: Any = None
+    ) -> Any:
+        """moe_fx::exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group)"""
+        width = 1
+        for size in rows.symsize[1:]:
+            width *= int(size)
+        counts = [
+            ge.Mul(ge.Cast(each, dst_type=tensor_type), ge.Const(width, dtype=tensor_type))
+            for each in (send_counts, recv_counts)
+        ]
+        starts = [ge.Cumsum(each, ge.Const(0), exclusive=True, reverse=False) for each in counts]
+        arrived = ge.HcomAllToAllV(
+            send_data=rows,
+            send_counts=counts[0],
+            send_displacements=starts[0],
+            recv_counts=counts[1],
+            recv_displacements=starts[1],
+            group=npu.ge_group(group),
+        )
+        npu.keep_in_ge(arrived)
+        return ge.Reshape(arrived, ge.Const([-1, *(int(n) for n in rows.symsize[1:])]))
+
+
+def compile_ge(
+    module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
+) -> Callable[..., Any]:
+    """``module`` compiled by torchair."""
+    torchair = npu.torchair()
+    config = torchair.CompilerConfig()
+    for name, value in options.base_options.items():
+        _set(config, name, value)
+    config.post_grad_custom_pre_pass = GePass(options, report)
+    compiler: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)
+    compiled: Callable[..., Any] = compiler(module, list(inputs))
+    return compiled
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for each in path:
+        config = getattr(config, each)
+    setattr(config, last, value)
