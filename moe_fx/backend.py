@@ -83,6 +83,7 @@ def rewrite(
         report.declined.append(obstacle.declined)
         report.graphs += 1
         return local, local.module, groups
+    lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
         report=report,
@@ -90,8 +91,9 @@ def rewrite(
         training=is_training(local.inputs),
         measures=True,
         exchange_groups=groups,
+        fuses_routers=lowered,
     )
-    later = options.base in ORDERS_LATER or lowers(options, local.inputs)
+    later = options.base in ORDERS_LATER or lowered
     result = passes.run(captured, context, passes.pipeline(later))
     return local, local.module if result is captured else result, groups
 

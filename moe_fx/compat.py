@@ -5,6 +5,7 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -49,6 +50,7 @@ __all__ = [
     "resolve_group",
     "statically_known_true",
     "symbols",
+    "upper_bound",
 ]
 
 
@@ -195,6 +197,14 @@ def symbols(sizes: Iterable[Any], unknown: int) -> dict[Any, int]:
             for symbol in size.node.expr.free_symbols:
                 found[symbol] = int(hints.get(symbol, unknown))
     return found
+
+
+def upper_bound(size: Any) -> int | None:
+    """The most that ``size`` can be, if it is bounded."""
+    if not isinstance(size, SymInt):
+        return int(size)
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_finite and upper < sys.maxsize - 1 else None
 
 
 def number(size: Any, values: Mapping[Any, int]) -> int:

@@ -89,10 +89,11 @@ class MoEPass(CustomGraphPass):
         checked: set[Any] = set()
         for node in result.graph.nodes:
             if node.target in _ASK:
-                group = node.args[1]
+                upto = _ASK[node.target] + 1
+                group = node.args[upto - 1]
                 if group not in checked:
                     checked.add(group)
-                    node.args = (*node.args[:2], text, self.options.agree_timeout)
+                    node.args = (*node.args[:upto], text, self.options.agree_timeout)
 
     def uuid(self) -> str:
         """Key of what this pass does to a graph, for compile caches: the same in every process of
@@ -106,11 +107,18 @@ class MoEPass(CustomGraphPass):
             "ep_group": _topology(self.options.ep_group),
             "world": _topology(dist.group.WORLD if dist.is_initialized() else None),
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(described, sort_keys=True, default=repr).encode()
+        ).hexdigest()
 
 
-_ASK = (torch.ops.moe_fx.exchange_counts.default, torch.ops.moe_fx.even_sizes.default)
-"""Ops that check, before they exchange anything, that the ranks have planned the same."""
+_ASK = {
+    torch.ops.moe_fx.exchange_counts.default: 1,
+    torch.ops.moe_fx.even_sizes.default: 1,
+    torch.ops.moe_fx.distribute.default: 3,
+}
+"""Ops that check, before they exchange anything, that the ranks have planned the same, and which
+argument their group is; what was planned and how long to wait for others follow it."""
 
 
 def _module_of(graph: Graph) -> GraphModule:

@@ -16,11 +16,11 @@ from pydantic import (
 )
 
 from moe_fx.errors import ConfigurationError
-from moe_fx.plan import EVEN
+from moe_fx.plan import PADDED
 
 Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
-Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "gather_weights"]
+Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "mc2", "gather_weights"]
 Overflow = Literal["error", "drop"]
 Lower = Literal["auto", "off", "npu"]
 
@@ -42,7 +42,8 @@ class Options(BaseModel):
         compiled, equal layers once; "always": every layer.
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     strategy: how tokens and experts meet (`moe_fx.plan.ExchangePlan`); "auto": what costs least of
-        "alltoall" and, with even_tokens, "allgather".
+        "alltoall" and, with even_tokens, "allgather"; on an NPU, with even_tokens, "mc2" for as few
+        tokens as it takes.
     even_tokens: a promise that in every step all ranks have the same number of tokens, checked when
         the graph runs: lets "auto" take "allgather" too. Asking for a strategy that needs it is to
         promise it.
@@ -80,8 +81,8 @@ class Options(BaseModel):
     @classmethod
     def _has_capacity(cls, factor: float | None, info: ValidationInfo) -> float | None:
         strategy = info.data.get("strategy")
-        if factor is not None and strategy not in EVEN:
-            raise ValueError(f"is for strategy={' or '.join(map(repr, EVEN))}, not {strategy!r}")
+        if factor is not None and strategy not in PADDED:
+            raise ValueError(f"is for strategy={' or '.join(map(repr, PADDED))}, not {strategy!r}")
         return factor
 
     @field_validator("on_overflow")

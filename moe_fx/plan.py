@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EVEN = ("allgather", "padded_alltoall")
+PADDED = ("allgather", "padded_alltoall")
+"""Strategies with buffers of fixed size, which may be given a capacity."""
+EVEN = (*PADDED, "mc2")
 """Strategies of equal parts, which take the same number of tokens on every rank."""
 
 
@@ -58,7 +60,8 @@ class ExchangePlan:
     strategy: "local" (one rank: nothing travels); "alltoall" (rows go to their experts' ranks, in
         exact split sizes, one host sync); "padded_alltoall" (the same in equal parts, by capacity);
         "allgather" (every rank gets all tokens, computes its experts' share of each result, and the
-        shares are summed where the token is); "gather_weights" (the weights travel, as captured).
+        shares are summed where the token is); "mc2" (Ascend's: one op sends, one fetches and sums);
+        "gather_weights" (the weights travel, as captured).
     group_name, world_size, rank: the expert-parallel group.
     num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on.
     expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so

@@ -72,6 +72,16 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What a router computes weights and ids from: logits ``[T, E]``, and the ``[E]`` bias that
+    moves the selection. group_score: how a group of experts is scored, "top2" or "max"."""
+
+    logits: Node
+    bias: Node | None
+    group_score: str
+
+
+@dataclass(frozen=True)
 class Parts:
     """The nodes of a region, for the passes that rewrite it.
 
@@ -82,6 +92,7 @@ class Parts:
     experts' result, and ``post`` what happens from there on, where routing weights take part.
     tables: the per-expert tensors ``[E, ...]``; gathers: those of them that are all-gathered.
     distinct: no token meets an expert twice.
+    gate: where the router's description was read off.
     weighs_tokens: the weights multiply tokens before the experts, not the experts' rows.
     replaces: (captured result, node that takes its place) where the nodes above are not captured
     ones but stand beside them (`passes/canonical.py`); captured: those then, each with its part
@@ -102,6 +113,7 @@ class Parts:
     gathers: tuple[Gather, ...]
     roles: dict[Node, Any]
     distinct: bool = True
+    gate: Gate | None = None
     weighs_tokens: bool = False
     replaces: tuple[Node, Node] | None = None
     captured: dict[Node, str] = field(default_factory=dict)

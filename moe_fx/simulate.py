@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.errors import MoeFxError
+from moe_fx.ops import distribute
 
 _OPS = torch.ops.moe_fx
 _FUNCTIONAL = torch.ops._c10d_functional
@@ -137,7 +138,28 @@ def _even_sizes(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     return [rows.unsqueeze(1).expand(-1, world)] * world
 
 
+def _distribute(requests: list[tuple[Any, ...]]) -> list[Any]:
+    world, num_experts = len(requests), requests[0][2]
+    _even_sizes([([len(tokens)],) for tokens, *_ in requests])
+    tokens, ids = (torch.cat([args[at] for args in requests]) for at in range(2))
+    return [distribute.share(tokens, ids, rank, world, num_experts) for rank in range(world)]
+
+
+def _collect(requests: list[tuple[Any, ...]]) -> list[Tensor]:
+    world = len(requests)
+    sent = [
+        distribute.parcels(rows, assist, ends, world) for rows, _, _, assist, ends, *_ in requests
+    ]
+    pieces = [rows.split(sizes) for rows, sizes in sent]
+    return [
+        distribute.summed(torch.cat([piece[rank] for piece in pieces]), ids, weights)
+        for rank, (_, ids, weights, *_rest) in enumerate(requests)
+    ]
+
+
 _COLLECTIVES = {
+    _OPS.distribute.default: "distribute",
+    _OPS.collect.default: "collect",
     _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
     _OPS.exchange_counts.default: "exchange_counts",
     _OPS.gather_counts.default: "gather_counts",
@@ -145,6 +167,8 @@ _COLLECTIVES = {
     _OPS.all_to_all.default: "all_to_all",
 }
 _EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
+    "distribute": _distribute,
+    "collect": _collect,
     "all_gather": _gather,
     "exchange_counts": _exchange_counts,
     "gather_counts": _gather_counts,

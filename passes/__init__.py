@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
 from moe_fx.passes.exchanged import Exchanged
+from moe_fx.passes.fuse_router import FuseRouter
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
 from moe_fx.passes.plan_for_ranks import PlanForRanks
@@ -29,7 +30,7 @@ ANALYSIS: tuple[Pass, ...] = (
     Verify(),
     Describe(),
 )
-TRANSFORMATION: tuple[Pass, ...] = (Rewrite(), Overlap())
+TRANSFORMATION: tuple[Pass, ...] = (FuseRouter(), Rewrite(), Overlap())
 PIPELINE: tuple[Pass, ...] = ANALYSIS + TRANSFORMATION
 
 __all__ = [

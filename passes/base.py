@@ -38,6 +38,7 @@ class Context:
     training: the graph will be differentiated.
     measures: all ranks run the passes on this graph now, so that they may measure and decide
         together.
+    fuses_routers: the device has an op that scores and selects.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.
@@ -51,6 +52,7 @@ class Context:
     group: dist.ProcessGroup | None = None
     training: bool = False
     measures: bool = False
+    fuses_routers: bool = False
     regions: list[Region] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
     origin: dict[Node, Node] = field(default_factory=dict)

@@ -139,7 +139,7 @@ class _Candidate:
             num_experts=selection.num_experts,
             top_k=selection.top_k,
             hidden_size=int(shape(parts.tokens)[-1]),
-            router=recognise_router(selection, parts),
+            router=recognise_router(selection, parts)[0],
             form=_form(parts.body),
             program="exchanged",
             activation=activation_name(parts.body),

@@ -14,7 +14,8 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.planner import Misfit, asked, fitting_strategies, planned
+from moe_fx.passes.planner import asked, planned
+from moe_fx.passes.strategies import Misfit, fitting_strategies
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
 
@@ -57,6 +58,6 @@ class PlanForRanks(Pass):
             raise Misfit(f"expert weights are gathered from {others.pop()} ranks, not {world}")
         if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
-        strategy = fitting_strategies(region, context.options)[0]
+        strategy = fitting_strategies(region, context, world)[0]
         choice = asked(strategy, num_experts // world, context.options)
         return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

@@ -31,17 +31,13 @@ from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.combine import sums_plainly
 from moe_fx.passes.cost_layer import device_of, layer_of
-from moe_fx.plan import EVEN, ExchangePlan, Predicted, Span, Weighed, slices
+from moe_fx.passes.strategies import Misfit, fitting_strategies, most_chunks
+from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
 
 CHUNKS = (1, 2, 4, 8, 16)
-
-
-class Misfit(Exception):
-    """A region cannot be run as asked; the message says why."""
 
 
 class Plan(Pass):
@@ -82,9 +78,9 @@ def plan_exchange(
             f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
-    strategies = fitting_strategies(region, context.options)
+    strategies = fitting_strategies(region, context, world)
     predicted = None
-    if context.options.overlap == "auto" and context.measures:
+    if context.options.overlap == "auto" and context.measures and strategies != ["mc2"]:
         choice, predicted = _cheapest(region, group, context, strategies)
     else:
         choice = asked(strategies[0], experts // world, context.options)
@@ -115,37 +111,10 @@ def planned(
     )
 
 
-def fitting_strategies(region: Region, options: Options) -> list[str]:
-    """Those that may be taken, the one for when nothing is measured first.
-
-    Unless asked for, weights stay where they are: gathered, those of all layers would be in memory
-    until the backward, and what is best for a prompt would be worst for the tokens after it.
-    """
-    if options.strategy != "auto":
-        reason = _misfit(region, options.strategy)
-        if reason:
-            raise Misfit(f"strategy={options.strategy!r} does not fit: {reason}")
-        return [options.strategy]
-    wanted = ["alltoall", *(["allgather"] if options.even_tokens else [])]
-    return [strategy for strategy in wanted if not _misfit(region, strategy)]
-
-
-def _misfit(region: Region, strategy: str) -> str:
-    parts = region.parts
-    if strategy == "gather_weights" and not parts.gathers:
-        return "the experts' weights are not gathered from shards, each rank has them whole"
-    if strategy == "gather_weights" and region.program == "exchanged":
-        return "the program exchanges tokens, so that a rank's experts may be its own in all things"
-    if strategy in EVEN and parts.weighs_tokens and region.top_k > 1:
-        return "the routing weights multiply the tokens on their way to the experts"
-    if strategy == "allgather" and not (parts.weighs_tokens or sums_plainly(parts)):
-        return "the experts' rows are not just weighted and summed"
-    return ""
-
-
 def asked(strategy: str, local_experts: int, options: Options) -> Choice:
     """Where nothing is measured."""
     chunks = options.overlap if isinstance(options.overlap, int) else 1
+    chunks = min(chunks, most_chunks(strategy, options))
     return _cut(strategy, local_experts, chunks, options)
 
 
@@ -156,6 +125,7 @@ def candidates(strategies: Sequence[str], local_experts: int, options: Options) 
             _cut(strategy, local_experts, chunks, options)
             for strategy in strategies
             for chunks in CHUNKS
+            if chunks <= most_chunks(strategy, options)
         )
     )
 
@@ -163,7 +133,7 @@ def candidates(strategies: Sequence[str], local_experts: int, options: Options) 
 def _cut(strategy: str, local_experts: int, chunks: int, options: Options) -> Choice:
     if strategy == "alltoall":
         return Choice(*slices(local_experts, chunks))
-    if strategy == "gather_weights":
+    if strategy in ("gather_weights", "mc2"):
         return Choice(1, 1, strategy)
     return Choice(1, chunks, strategy, options.capacity_factor)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -113,11 +114,13 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
+    router, gate = recognise_router(selection, parts, routers)
+    parts = replace(parts, gate=gate)
     return Region(
         num_experts=selection.num_experts,
         top_k=selection.top_k,
         hidden_size=int(shape(parts.tokens)[-1]),
-        router=recognise_router(selection, parts, routers),
+        router=router,
         form="grouped_mm" if any(map(is_grouped_matmul, parts.body)) else "batched_mm",
         program=_program(parts, context),
         activation=activation_name(parts.body),
@@ -137,7 +140,8 @@ def recognise_by_value(
     reading = readings.read(anchor)
     parts = canonical(reading, readings.values)
     try:
-        router = recognise_router(reading.selection, parts, routers)
+        router, gate = recognise_router(reading.selection, parts, routers)
+        parts = replace(parts, gate=gate)
     except Refusal as refusal:  # of ids that are no selected indices: they were proved by value
         router = Router(note=refusal.reason)
     return Region(

@@ -36,7 +36,7 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.scores import Sample, Unfit, fit
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, scalar
-from moe_fx.region import Parts, Router
+from moe_fx.region import Gate, Parts, Router
 
 aten = torch.ops.aten
 
@@ -51,15 +51,15 @@ RouterCache = dict[str, "Router | Refusal"]
 
 def recognise_router(
     selection: Selection, parts: Parts, cache: RouterCache | None = None
-) -> Router:
-    """The router of a region. Equal routers are run once per ``cache``. Raises `Refusal` if the ids
-    can't be shown to be those of experts."""
+) -> tuple[Router, Gate | None]:
+    """The router of a region, and where its description was read off. Equal routers are run once
+    per ``cache``. Raises `Refusal` if the ids can't be shown to be those of experts."""
     try:
         captured = _take_out(selection, parts)
     except Unfit as unfit:
         if not selection.exact:
             raise _unproven(selection, parts, str(unfit)) from None
-        return Router(note=str(unfit))
+        return Router(note=str(unfit)), None
     key = f"{structure(captured.alone)}\n{selection.sizes}"
     cache = {} if cache is None else cache
     if key not in cache:
@@ -70,7 +70,7 @@ def recognise_router(
     found = cache[key]
     if isinstance(found, Refusal):
         raise Refusal(found.reason, parts.ids, found.progress)
-    return found
+    return found, captured.gate(found)
 
 
 def _recognise(selection: Selection, parts: Parts, captured: _Captured) -> Router:
@@ -129,6 +129,17 @@ class _Captured:
     groups: tuple[int, int, str]
     has_weights: bool
 
+    def gate(self, router: Router) -> Gate | None:
+        """None: experts of groups that are not selected score zero, not less than all others: they
+        are selected where those score below zero."""
+        if router.num_groups > 1 and self.bias is not None:
+            try:
+                if fit(self.sample(bias_shift=-3.0), self.selection) != router:
+                    return None
+            except Unfit:
+                return None
+        return Gate(self.logits, self.bias, self.groups[2])
+
     def samples(self) -> Sample:
         """`sample` of at least `_NUM_TOKENS` tokens, also where the graph is for fewer."""
         rounds = -(-_NUM_TOKENS // self.tokens.wanted)
@@ -141,7 +152,9 @@ class _Captured:
             ids=torch.cat([sample.ids for sample in found]),
         )
 
-    def sample(self, winners_from: int | None = None, seed: int = 1) -> Sample:
+    def sample(
+        self, winners_from: int | None = None, seed: int = 1, bias_shift: float = 0.0
+    ) -> Sample:
         """Weights and ids for random logits; token ``i`` prefers column ``winners_from + i``. The
         logits and ids that come from outside depend on ``seed``."""
         generator = torch.Generator().manual_seed(0)
@@ -165,7 +178,7 @@ class _Captured:
             flat[rows, (winners_from + rows) % flat.shape[1]] += 100.0
         values[self.logits] = flat.reshape(logits.shape)
         if self.bias is not None:
-            values[self.bias] = values[self.bias] * 0.3
+            values[self.bias] = values[self.bias] * 0.3 + bias_shift
         for node in self.learned_scales:
             values[node] = torch.full_like(values[node], 1.25)
         if self.selection.looked_up:

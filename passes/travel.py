@@ -1,7 +1,8 @@
 """How rows travel between tokens and experts, strategy by strategy.
 
 ``TRAVEL[plan.strategy](emitter)`` emits everything from tokens to the region's result. Here:
-strategies whose sizes the routing says; those with fixed sizes are in `travel_even.py`.
+strategies whose sizes the routing says; those with fixed sizes are in `travel_even.py` and
+`travel_mc2.py`.
 
 Pseudo-code of "alltoall" (in brackets: where there is more than one chunk)::
 
@@ -27,6 +28,7 @@ from moe_fx.passes.combine import combine
 from moe_fx.passes.emitter import Emitter, weighed
 from moe_fx.passes.roles import shape
 from moe_fx.passes.travel_even import allgather, padded_alltoall
+from moe_fx.passes.travel_mc2 import mc2
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
@@ -152,4 +154,5 @@ TRAVEL: dict[str, Callable[[Emitter], Node]] = {
     "alltoall": alltoall,
     "padded_alltoall": padded_alltoall,
     "allgather": allgather,
+    "mc2": mc2,
 }

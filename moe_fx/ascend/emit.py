@@ -51,6 +51,11 @@ class Emit:
         size = value_of(node).shape[dim]
         return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, node, dim)
 
+    def number(self, op: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+        """Of sizes: computed at once where both are known."""
+        known = not isinstance(one, Node) and not isinstance(other, Node)
+        return op(one, other) if known else self(op, one, other)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         if value_of(node).dtype == dtype:
             return node

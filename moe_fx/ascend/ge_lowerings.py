@@ -11,8 +11,8 @@ and its inverse, nor for what would tell the host a size, so here
 | exchange_counts | npu_define::all_to_all_single_npu |
 | expert_counts, split_sizes, arrived_experts, row_experts, rank_slices | ATen |
 
-and what `lowerings.py` has for grouped matmuls, SwiGLU and gating. GE orders streams by the edges
-of its graph, so no events are needed.
+and what `lowerings.py` has for grouped matmuls, SwiGLU, gating and MC2. GE orders streams by the
+edges of its graph, so no events are needed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_fx.ascend import mc2
 from moe_fx.ascend.emit import Emit, Unmet, value_of
 from moe_fx.ascend.lowerings import (
     Lowered,
@@ -104,20 +105,18 @@ def row_experts(emit: Emit, node: Node) -> Lowered:
 def rank_slices(emit: Emit, node: Node) -> Lowered:
     rows, world, slices = arguments(node)
     tail = value_of(rows).shape[1:]
-    total = emit.size(rows, 0)
-    known = isinstance(total, int)
-    each = total // world if known else emit(operator.floordiv, total, world)
+    each = emit.number(operator.floordiv, emit.size(rows, 0), world)
     by_rank = emit(aten.reshape.default, rows, [world, each, *tail])
-    pieces, start = [], 0
+    pieces: list[Any] = []
+    start: Any = 0
     for at in range(slices):
         # As tensor_split: the first pieces are the larger ones.
-        padded = each + slices - 1 - at if known else emit(operator.add, each, slices - 1 - at)
-        size = padded // slices if known else emit(operator.floordiv, padded, slices)
-        end = start + size if known else emit(operator.add, start, size)
+        padded = emit.number(operator.add, each, slices - 1 - at)
+        end = emit.number(operator.add, start, emit.number(operator.floordiv, padded, slices))
         piece = emit(aten.slice.Tensor, by_rank, 1, start, end)
         pieces.append(emit(aten.reshape.default, piece, [-1, *tail]))
         start = end
-    return pieces  # type: ignore[return-value]
+    return tuple(pieces)
 
 
 def unpermute(emit: Emit, node: Node) -> Lowered:
@@ -194,4 +193,5 @@ GE_LOWERINGS: dict[Any, Lowering] = {
     ops.arrived_experts.default: arrived_experts,
     ops.row_experts.default: row_experts,
     ops.rank_slices.default: rank_slices,
+    **mc2.LOWERINGS,
 }

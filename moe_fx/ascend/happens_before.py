@@ -35,7 +35,10 @@ class Race:
     def __str__(self) -> str:
         here, there = self.reader_stream or "main", self.writer_stream or "main"
         if self.what == "frees":
-            return f"{self.reader} (stream {here}) may be freed while {self.writer} (stream {there}) uses it"
+            return (
+                f"{self.reader} (stream {here}) may be given away while {self.writer} (stream "
+                f"{there}) uses it"
+            )
         return (
             f"{self.reader} (stream {here}) {self.what} {self.writer} (stream {there}) without an "
             "event between them"

@@ -11,6 +11,7 @@ then the dialect op stays, which runs in ATen calls.
 | unpermute, unpermute_chunks | npu_moe_token_unpermute; unweighted: npu_moe_token_permute_grad_v2 |
 | unpermute_grad | npu_moe_token_unpermute_grad |
 | grouped_mm, grouped_mm_list, grouped_mm_grad_weight | npu_grouped_matmul |
+| distribute, collect | npu_moe_distribute_dispatch_v2, npu_moe_distribute_combine_v2 |
 | gating_top_k | npu_moe_gating_top_k, npu_moe_gating_top_k_softmax |
 | silu of one half of the features times the other | npu_swiglu |
 """
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_fx.ascend import mc2
 from moe_fx.ascend.emit import Emit, Unmet, value_of
 
 aten = torch.ops.aten
@@ -79,7 +81,7 @@ def permute_chunks(emit: Emit, node: Node) -> Lowered:
     start: Any = 0
     pieces = []
     for count in counts:
-        end = count if start == 0 else emit(operator.add, start, count)
+        end = emit.number(operator.add, start, count)
         pieces.append(emit(aten.slice.Tensor, rows, 0, start, end))
         start = end
     return pieces, row_map
@@ -192,7 +194,9 @@ def experts_per_token(row_map: Node, result: torch.Tensor) -> int:
     if isinstance(top_k, torch.SymInt):
         known = top_k.node.maybe_as_int()
         if known is None:
-            raise Unmet(f"how many experts a token has is not known: {pairs} pairs, {tokens} tokens")
+            raise Unmet(
+                f"how many experts a token has is not known: {pairs} pairs, {tokens} tokens"
+            )
         top_k = known
     return int(top_k)
 
@@ -204,7 +208,7 @@ def unpermute_chunks(emit: Emit, node: Node) -> Lowered:
 
 
 def unpermute_grad(emit: Emit, node: Node) -> Lowered:
-    grad, row_map, rows, weights, num_tokens, shape, dtype, missing = arguments(node)
+    grad, row_map, rows, weights, _, shape, _, missing = arguments(node)
     if weights is None or rows is None:
         raise Unmet("npu_moe_token_unpermute_grad: only for weighted rows of more than one expert")
     if missing or len(shape) != 2:
@@ -339,4 +343,5 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.grouped_mm_list.default: grouped_mm_list,
     ops.grouped_mm_grad_weight.default: grouped_mm_grad_weight,
     ops.gating_top_k.default: gating_top_k,
+    **mc2.LOWERINGS,
 }

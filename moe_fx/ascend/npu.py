@@ -102,3 +102,19 @@ def keep_in_ge(tensor: Any) -> None:
     from torchair.ge._ge_graph import dont_prune_me
 
     dont_prune_me(tensor)
+
+
+def size_and_rank(group_name: str) -> tuple[int, int]:
+    group = resolve_group(group_name)
+    return group.size(), group.rank()
+
+
+def generation() -> str:
+    """ "A2", "A3", or else the name of the device."""
+    import torch_npu
+
+    name: str = torch_npu.npu.get_device_name()
+    for prefix, known in (("Ascend910_93", "A3"), ("Ascend910B", "A2")):
+        if name.startswith(prefix):
+            return known
+    return name

@@ -1,8 +1,8 @@
 """CPU kernels of the ``npu::`` ops that lowerings emit, written from their documented semantics.
 
-``register()`` makes a lowered graph run on CPU: so its values are compared with the original's where
-there is no NPU, and `moe_fx.npu_selftest` compares an NPU's results with them. They are meant to be
-read, not to be fast.
+``register()`` makes a lowered graph run on CPU: so its values are compared with the original's
+where there is no NPU, and `moe_fx.npu_selftest` compares an NPU's results with them. They are meant
+to be read, not to be fast.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def use_streams(graph: Graph, stream: StreamOps) -> list[Lowered]:
         emit = Emit(graph, values, like=start)
         tag = f"moe_fx_{next(_tags)}"
         received = _start(start, stream, emit, tag)
+        collectives = _collectives(emit)
+        done.append(Lowered("moe_fx.all_to_all", collectives, received.name, source_of(start)))
         _finish(wait, start, received, stream, tag)
-        done.append(Lowered("moe_fx.all_to_all", _collectives(emit), received.name, source_of(wait)))
     for node in graph.find_nodes(op="call_function", target=ops.even_sizes.default):
         done.append(Lowered("moe_fx.even_sizes", (), node.name, source_of(node), _UNCHECKED))
     graph.eliminate_dead_code()
@@ -148,12 +149,10 @@ def even_exchange(emit: Emit, rows: Any, group: Any) -> Node:
     sizes = value_of(rows).shape
     numbers = emit(aten.reshape.default, rows, [-1])
     total = emit.size(numbers, 0)
-    part = total // world if isinstance(total, int) else emit(operator.floordiv, total, world)
+    part = emit.number(operator.floordiv, total, world)
     starts: list[Any] = [0]
     for _ in range(world - 1):
-        last = starts[-1]
-        both = all(isinstance(n, int) for n in (last, part))
-        starts.append(last + part if both else emit(operator.add, last, part))
+        starts.append(emit.number(operator.add, starts[-1], part))
     parts = [part] * world
     exchange = npu.all_to_all_op()
     arrived = emit(exchange, numbers, parts, starts, parts, starts, tag, ranks, world)

@@ -17,12 +17,15 @@
 | ``even_sizes`` | that ranks exchange equal parts, checked; the sizes on the host, without a sync |
 | ``dispatch_counts`` / ``gather_counts`` | counts with a status / those of all ranks |
 | ``checked_sizes`` | as ``split_sizes``; an error on all ranks if one's status is bad |
+| ``distribute`` / ``collect`` | all of the way to the experts / and back, in one op (MC2) |
+| ``exchange`` / ``keep`` | an exchange in one op / keeps buffers from being freed |
+| ``gating_top_k`` | as ``route``, whole (inference) |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |
 """
 
 from __future__ import annotations
 
-from moe_fx.ops import checked, chunks, exchange, experts, padded, routing
+from moe_fx.ops import checked, chunks, distribute, exchange, experts, padded, routing
 
-__all__ = ["checked", "chunks", "exchange", "experts", "padded", "routing"]
+__all__ = ["checked", "chunks", "distribute", "exchange", "experts", "padded", "routing"]

@@ -56,6 +56,11 @@ def bytes_sent(group_name: str) -> int:
     return _bytes_sent[group_name]
 
 
+def count_bytes(group_name: str, sent: int) -> None:
+    """Note that many bytes were sent to other ranks."""
+    _bytes_sent[group_name] += sent
+
+
 def pending_exchanges() -> int:
     """Exchanges started and not yet waited for (0 between steps, unless a step was cut short)."""
     return len(_pending)
@@ -112,7 +117,7 @@ def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: s
     received = rows.new_empty((sum(recv), *rows.shape[1:]))
     work = dist.all_to_all_single(received, rows, recv, send, group=process_group, async_op=True)
     own = send[process_group.rank()]
-    _bytes_sent[group] += (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size()
+    count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     handle = next(_handles)
     _pending[handle] = _Pending(received, rows, given, work)
     return torch.tensor([handle], dtype=torch.int64)
@@ -126,8 +131,11 @@ def _exchange(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str
     """``all_to_all`` and its ``wait`` in one, on the stream that is current: for compilers that put
     a whole exchange on a stream of its own."""
     send, recv = send_counts.tolist(), recv_counts.tolist()
+    process_group = resolve_group(group)
     received = rows.new_empty((sum(recv), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), recv, send, group=resolve_group(group))
+    dist.all_to_all_single(received, rows.contiguous(), recv, send, group=process_group)
+    own = send[process_group.rank()]
+    count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return received
 
 

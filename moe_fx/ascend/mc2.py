@@ -1,0 +1,97 @@
+"""MC2's limits, by generation of the device, and its lowering.
+
+Source of the limits: the op-plugin pages of ``npu_moe_distribute_dispatch`` (torch_npu 7.0) and
+``npu_moe_distribute_dispatch_v2`` (7.3), the narrower of both where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_fx.ascend import npu
+from moe_fx.ascend.emit import Emit, value_of
+
+ops = torch.ops.moe_fx
+
+
+@dataclass(frozen=True)
+class Limits:
+    """tokens: of a rank; hidden: (least, most, multiple of); ranks: of the group, None: any."""
+
+    tokens: int
+    hidden: tuple[int, int, int]
+    top_k: int
+    ranks: tuple[int, ...] | None = None
+
+
+LIMITS = {
+    "A2": Limits(tokens=256, hidden=(32, 7168, 32), top_k=8, ranks=(16, 32, 64)),
+    "A3": Limits(tokens=512, hidden=(1024, 7168, 32), top_k=8),
+}
+
+
+def limits(
+    tokens: int | None, hidden: int, top_k: int, num_experts: int, world_size: int, on_npu: bool
+) -> str:
+    """What is against MC2 for such a layer; "" if nothing is, as ever off the NPU. tokens: the most
+    that a rank may have, None: there is no bound."""
+    if not on_npu:
+        return ""
+    generation = npu.generation()
+    if generation not in LIMITS:
+        return f"MC2 is known for {' and '.join(LIMITS)}, this is {generation}"
+    most = LIMITS[generation]
+    if tokens is None:
+        return (
+            f"MC2 takes at most {most.tokens} tokens a rank on {generation}, and nothing bounds "
+            "them here: torch._dynamo.mark_dynamic(x, 0, max=...) would"
+        )
+    least, largest, multiple = most.hidden
+    if tokens > most.tokens:
+        return f"{tokens} tokens a rank, MC2 takes at most {most.tokens} on {generation}"
+    if not least <= hidden <= largest or hidden % multiple:
+        return (
+            f"hidden size {hidden}, MC2 takes {least} to {largest} in steps of {multiple} on "
+            f"{generation}"
+        )
+    if top_k > most.top_k:
+        return f"{top_k} experts a token, MC2 takes at most {most.top_k} on {generation}"
+    if most.ranks is not None and world_size not in most.ranks:
+        return f"{world_size} ranks, MC2 takes {', '.join(map(str, most.ranks))} on {generation}"
+    return ""
+
+
+def distribute(emit: Emit, node: Node) -> tuple[Node, ...]:
+    tokens, ids, num_experts, group = node.args[:4]
+    sent = emit.npu(
+        "npu_moe_distribute_dispatch_v2", tokens, ids, *_place(node, group, num_experts)
+    )
+    # rows, (scales), assist, counts, ends of each expert and source
+    rows, _, assist, counts, ends = (emit.item(sent, at) for at in range(5))
+    return rows, counts, assist, ends
+
+
+def collect(emit: Emit, node: Node) -> Node:
+    rows, ids, weights, assist, ends, num_experts, group = node.args
+    place = _place(node, group, num_experts)
+    return emit.npu("npu_moe_distribute_combine_v2", rows, ids, assist, ends, weights, *place)
+
+
+def _place(node: Node, group: Any, num_experts: Any) -> tuple[str, int, int, int]:
+    """(HCCL's name of the group, ranks, this one, experts)."""
+    device = value_of(node.args[0]).device.type
+    world, rank = npu.size_and_rank(group)
+    if device == "npu":
+        return npu.communicator_name(group), world, rank, num_experts
+    return str(group), world, rank, num_experts
+
+
+LOWERINGS: dict[Any, Callable[[Emit, Node], Node | tuple[Any, ...]]] = {
+    ops.distribute.default: distribute,
+    ops.collect.default: collect,
+}
