@@ -50,6 +50,7 @@ __all__ = [
     "resolve_group",
     "statically_known_true",
     "symbols",
+    "traced",
     "upper_bound",
 ]
 
@@ -197,6 +198,12 @@ def symbols(sizes: Iterable[Any], unknown: int) -> dict[Any, int]:
             for symbol in size.node.expr.free_symbols:
                 found[symbol] = int(hints.get(symbol, unknown))
     return found
+
+
+def traced(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    """``function(*values)``, of fake tensors, as a graph of ATen calls."""
+    with enable_python_dispatcher():
+        return make_fx(function, tracing_mode="real")(*values)
 
 
 def upper_bound(size: Any) -> int | None:

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.ascend.constraints import violations
-from moe_fx.compat import FakeValues
+from moe_fx.compat import FakeValues, traced
 
 
 class Unmet(Exception):
@@ -32,6 +32,21 @@ class Emit:
         node.meta.update({k: v for k, v in self.like.meta.items() if k == "stack_trace"})
         self.values.compute(node)
         return node
+
+    def inline(self, function: Callable[..., Any], *tensors: Node) -> Any:
+        """The ATen calls that ``function`` makes of ``tensors``; the node(s) of its result."""
+        module = traced(function, [value_of(node) for node in tensors])
+        copies: dict[Node, Any] = {}
+        given = iter(tensors)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(given)
+            elif node.op == "output":
+                return map_arg(node.args[0], copies.__getitem__)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+                copies[node] = self(node.target, *args, **kwargs)
+        raise AssertionError("a traced graph has an output")
 
     def npu(self, name: str, *args: Any, **kwargs: Any) -> Node:
         """``npu::name``. Raises `Unmet` if torch_npu lacks it or documents that it refuses this."""

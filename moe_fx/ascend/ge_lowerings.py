@@ -21,6 +21,7 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.ascend import mc2
@@ -38,6 +39,7 @@ from moe_fx.ascend.lowerings import (
     with_empty_row,
 )
 from moe_fx.ascend.streams import even_exchange
+from moe_fx.ops.routing import gating_top_k as route
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
@@ -144,6 +146,25 @@ def unpermute(emit: Emit, node: Node) -> Lowered:
     return tokens if result.dim() == 2 else emit(aten.reshape.default, tokens, list(shape))
 
 
+def gating(emit: Emit, node: Node) -> Lowered:
+    """In ATen calls where no op of the device takes it: GE has no converter for the dialect's."""
+    before = list(emit.added)
+    try:
+        return gating_top_k(emit, node)
+    except Unmet:
+        for added in reversed(emit.added[len(before) :]):
+            node.graph.erase_node(added)
+        del emit.added[len(before) :]
+    logits, k, score, bias, *groups, eps, scale = arguments(node)
+    tensors = [logits] if bias is None else [logits, bias]
+
+    def gate(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return route(logits, k, score, bias, *groups, score == "sigmoid", eps, scale)
+
+    weights, ids = emit.inline(gate, *tensors)
+    return weights, ids
+
+
 def expert_counts(emit: Emit, node: Node) -> Lowered:
     ids, num_experts = arguments(node)
     flat = emit.cast(emit(aten.reshape.default, ids, [-1]), torch.int64)
@@ -186,7 +207,7 @@ GE_LOWERINGS: dict[Any, Lowering] = {
     ops.unpermute.default: unpermute,
     ops.grouped_mm.default: grouped_mm,
     ops.grouped_mm_list.default: grouped_mm_list,
-    ops.gating_top_k.default: gating_top_k,
+    ops.gating_top_k.default: gating,
     ops.expert_counts.default: expert_counts,
     ops.exchange_counts.default: exchange_counts,
     ops.split_sizes.default: split_sizes,

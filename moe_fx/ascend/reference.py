@@ -210,6 +210,46 @@ def all_to_all_single(
     return received
 
 
+def distribute_dispatch(
+    x: Tensor,
+    expert_ids: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    **others: Any,
+) -> tuple[Tensor, ...]:
+    rows, counts, assist, ends = torch.ops.moe_fx.distribute(
+        x, expert_ids, moe_expert_num, group_ep
+    )
+    scales, none = x.new_empty(rows.shape[0], dtype=torch.float32), ends.new_empty(0)
+    return rows, scales, assist, counts, ends, none, x.new_empty(0, dtype=torch.float32)
+
+
+def distribute_combine(
+    expand_x: Tensor,
+    expert_ids: Tensor,
+    assist_info_for_combine: Tensor,
+    ep_send_counts: Tensor,
+    expert_scales: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    **others: Any,
+) -> Tensor:
+    collected: Tensor = torch.ops.moe_fx.collect(
+        expand_x,
+        expert_ids,
+        expert_scales,
+        assist_info_for_combine,
+        ep_send_counts,
+        moe_expert_num,
+        group_ep,
+    )
+    return collected
+
+
 @functools.cache
 def register() -> None:
     """Serve the ops on CPU tensors, once. torch_npu must be imported."""
@@ -234,6 +274,8 @@ _KERNELS: dict[str, dict[str, Any]] = {
         "npu_moe_init_routing_v2": init_routing_v2,
         "npu_moe_finalize_routing": finalize_routing,
         "npu_dynamic_quant": dynamic_quant,
+        "npu_moe_distribute_dispatch_v2": distribute_dispatch,
+        "npu_moe_distribute_combine_v2": distribute_combine,
     },
     "npu_define": {"all_to_all_single_npu": all_to_all_single},
 }
