@@ -103,11 +103,12 @@ def _start(start: Node, stream: StreamOps, emit: Emit, tag: str) -> Node:
 
 
 def _finish(wait: Node, start: Node, received: Node, stream: StreamOps, tag: str) -> None:
-    graph, buffers = wait.graph, wait.args[1:4]
+    graph, (sent, send_counts, recv_counts) = wait.graph, wait.args[1:4]
+    buffers = [sent] if is_even(send_counts) else [sent, send_counts, recv_counts]
     if stream.events is not None:
         with graph.inserting_before(wait):
             graph.call_function(stream.events[2], (f"{tag}_arrived", True))
-            graph.call_function(ops.keep.default, (list(dict.fromkeys(buffers)),))
+            graph.call_function(ops.keep.default, (buffers,))
     wait.replace_all_uses_with(received, propagate_meta=False)
     graph.erase_node(wait)
     if not start.users:
