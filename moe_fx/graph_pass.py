@@ -20,9 +20,10 @@ from torch.fx import Graph, GraphModule
 import moe_fx.passes as passes
 from moe_fx import __version__
 from moe_fx.agree import describe
+from moe_fx.ascend.compile import device_pass, lowers
 from moe_fx.backend import check_devices
 from moe_fx.compat import CustomGraphPass, real_tensors
-from moe_fx.errors import NothingMatched
+from moe_fx.errors import ConfigurationError, NothingMatched
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.overlap import overlap
 from moe_fx.passes.splice import splice
@@ -35,10 +36,10 @@ log = logging.getLogger("moe_fx")
 class MoEPass(CustomGraphPass):
     """Makes expert-parallel programs of the MoE layers in a post-grad graph, in place.
 
-    ``options``: `moe_fx.Options`, or a mapping of them; ``base`` has no meaning here, and under
-    ``strict`` a missed candidate (`Report.missed`) raises `NothingMatched` (a graph without any
-    does not). The report of each graph seen is appended to ``reports`` and given to
-    ``options.on_report``.
+    ``options``: `moe_fx.Options`, or a mapping of them; ``base``: the compiler whose hook this is
+    (for npugraph_ex and torchair the graph is lowered to NPU ops too). Under ``strict`` a missed
+    candidate (`Report.missed`) raises `NothingMatched` (a graph without any does not). The report
+    of each graph seen is appended to ``reports`` and given to ``options.on_report``.
 
     ::
 
@@ -52,14 +53,17 @@ class MoEPass(CustomGraphPass):
     def __call__(
         self, graph: Graph | GraphModule, example_inputs: Any = None, config: Any = None
     ) -> None:
-        """Rewrites ``graph``. The other arguments are what npugraph_ex's hooks pass; not used."""
+        """Rewrites ``graph``. config: npugraph_ex's, which passes it to its hooks."""
         module = graph if isinstance(graph, GraphModule) else _module_of(graph)
-        check_devices(
-            self.options.ep_group,
-            [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")],
-        )
+        values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+        check_devices(self.options.ep_group, values)
         report = Report()
-        context = passes.Context(options=self.options, report=report, group=self.options.ep_group)
+        context = passes.Context(
+            options=self.options,
+            report=report,
+            group=self.options.ep_group,
+            fuses_routers=lowers(self.options, values),
+        )
         with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
             result = passes.run(module, context, passes.pipeline(ordered_later=True))
         self.reports.append(report)
@@ -72,10 +76,23 @@ class MoEPass(CustomGraphPass):
         if result is not module:
             self._agree_when_run(result, report)
             splice(module.graph, result, context.origin)
-            if self.options.overlap != "off":
+            if lowers(self.options, values):
+                self._lower(module, report, config)
+            elif self.options.overlap != "off":
                 overlap(module.graph, self.options.overlap_memory, pinned=True)
             if isinstance(graph, GraphModule):
                 graph.recompile()
+
+    def _lower(self, module: GraphModule, report: Report, config: Any) -> None:
+        sync = next((plan.capture for plan in report.plans if plan.host_sync), "")
+        captures = self.options.base == "npugraph_ex" and not getattr(config, "force_eager", False)
+        if sync and captures:
+            raise ConfigurationError(
+                f"npugraph_ex would capture this graph, but it is {sync}. Use strategy='mc2' or "
+                "'allgather' (each rank with the same number of tokens), or npugraph_ex's option "
+                "force_eager=True."
+            )
+        device_pass(self.options, report)(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoEPass:
         """Itself: compilers copy their configuration, but a process group cannot be copied, and the

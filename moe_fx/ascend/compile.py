@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from moe_fx.ascend import npu
+from moe_fx.ascend.device_pass import DevicePass
+from moe_fx.ascend.ge import GePass, compile_ge
 from moe_fx.ascend.happens_before import races, unkept
 from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
 from moe_fx.ascend.streams import StreamOps, use_streams
@@ -24,7 +26,6 @@ from moe_fx.options import Options
 from moe_fx.passes.lower import lower
 from moe_fx.passes.overlap import overlap
 from moe_fx.report import Report
-from moe_fx.sources import SOURCES
 
 log = logging.getLogger("moe_fx")
 
@@ -33,10 +34,10 @@ _EAGER = ("eager", "aot_eager")
 
 def lowers(options: Options, inputs: Sequence[Any]) -> bool:
     """Whether graphs with these inputs are lowered."""
-    if options.lower == "off":
-        return False
+    if options.lower != "auto":
+        return options.lower == "npu"
     on_npu = any(isinstance(value, Tensor) and value.device.type == "npu" for value in inputs)
-    return options.lower == "npu" or on_npu or options.base in npu.COMPILERS
+    return options.base in npu.COMPILERS or (on_npu and options.base in _EAGER)
 
 
 def compile_lowered(
@@ -46,26 +47,30 @@ def compile_lowered(
 
     Raises `ConfigurationError` for a base that no lowering is for.
     """
-    if options.base in _EAGER:
-        return aot_eager_compiler(EagerPass(options, report))(module, list(inputs))
+    own = device_pass(options, report)
     if options.base == "npugraph_ex":
-        return _npugraph_ex(module, inputs, options, report)
+        return _npugraph_ex(module, inputs, own, options, report)
     if options.base == "torchair":
-        from moe_fx.ascend.ge import compile_ge
-
-        return compile_ge(module, inputs, options, report)
-    raise ConfigurationError(
-        f"There is no lowering to NPU ops for base={options.base!r}. Use base='npugraph_ex', "
-        "'torchair' or 'aot_eager', or lower='off' for ATen calls."
-    )
+        return compile_ge(module, inputs, own, options)
+    return aot_eager_compiler(own)(module, list(inputs))
 
 
-class EagerPass:
+def device_pass(options: Options, report: Report) -> DevicePass:
+    """What ``options.base`` is to call on each graph that it runs. Raises `ConfigurationError` for
+    a base that no lowering is for."""
+    passes: dict[str, Callable[[Options, Report], DevicePass]]
+    passes = {"npugraph_ex": NpuGraphPass, "torchair": GePass, **dict.fromkeys(_EAGER, EagerPass)}
+    if options.base not in passes:
+        raise ConfigurationError(
+            f"There is no lowering to NPU ops for base={options.base!r}. Use base='npugraph_ex', "
+            "'torchair' or 'aot_eager', or lower='off' for ATen calls."
+        )
+    return passes[options.base](options, report)
+
+
+class EagerPass(DevicePass):
     """Orders and lowers one graph in place; exchanges stay asynchronous, as torch.distributed has
     them."""
-
-    def __init__(self, options: Options, report: Report) -> None:
-        self.options, self.report = options, report
 
     def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         graph = module.graph
@@ -84,10 +89,6 @@ class NpuGraphPass(EagerPass):
         self.report.lowered += use_streams(module.graph, stream_ops(self.options))
         check_order(module)
         module.recompile()
-
-    def uuid(self) -> str:
-        described = self.options.model_dump(exclude={"ep_group", "on_report"})
-        return f"moe_fx.NpuGraphPass {SOURCES} {torch.__version__} {described}"
 
 
 def stream_ops(options: Options) -> StreamOps:
@@ -111,12 +112,12 @@ def check_order(module: GraphModule) -> None:
 
 
 def _npugraph_ex(
-    module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
+    module: GraphModule, inputs: Sequence[Any], own: DevicePass, options: Options, report: Report
 ) -> Callable[..., Any]:
     compiler = npu.npugraph_ex_compiler()
     settings = {
         **options.base_options,
-        "post_grad_custom_pre_pass": NpuGraphPass(options, report),
+        "post_grad_custom_pre_pass": own,
     }
     if any(plan.host_sync for plan in report.plans):
         log.warning(

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.ascend import npu
+from moe_fx.ascend.device_pass import DevicePass
 from moe_fx.ascend.ge_lowerings import GE_LOWERINGS, note_experts
 from moe_fx.ascend.lowerings import is_swiglu, swiglu
 from moe_fx.ascend.streams import StreamOps, use_streams
@@ -22,19 +23,15 @@ from moe_fx.options import Options
 from moe_fx.passes.lower import lower
 from moe_fx.passes.overlap import overlap
 from moe_fx.region import Lowered, source_of
-from moe_fx.report import Report
 
 ops = torch.ops.moe_fx
 
 
-class GePass:
+class GePass(DevicePass):
     """Orders and lowers one graph in place, for torchair's ``post_grad_custom_pre_pass``.
 
     Raises `ConfigurationError` if an op is left that GE does not know.
     """
-
-    def __init__(self, options: Options, report: Report) -> None:
-        self.options, self.report = options, report
 
     def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         register_converters()
@@ -48,9 +45,19 @@ class GePass:
             air.scope_enter.default, air.scope_exit.default, None, self.options.exchange_cores
         )
         done += use_streams(graph, scopes)
+        done += _drop_agreement(graph)
         self.report.lowered += done
         _check_converters(graph, done)
         module.recompile()
+
+
+def _drop_agreement(graph: Graph) -> list[Lowered]:
+    done = []
+    for node in graph.find_nodes(op="call_function", target=ops.agree.default):
+        why = "GE graphs hold no check of the host's: that ranks planned the same is not checked"
+        done.append(Lowered("moe_fx.agree", (), node.name, source_of(node), why))
+        graph.erase_node(node)
+    return done
 
 
 def _check_converters(graph: Graph, done: Sequence[Lowered]) -> None:
@@ -104,14 +111,14 @@ def register_converters() -> None:
 
 
 def compile_ge(
-    module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
+    module: GraphModule, inputs: Sequence[Any], own: DevicePass, options: Options
 ) -> Callable[..., Any]:
     """``module`` compiled by torchair."""
     torchair = npu.torchair()
     config = torchair.CompilerConfig()
     for name, value in options.base_options.items():
         _set(config, name, value)
-    config.post_grad_custom_pre_pass = GePass(options, report)
+    config.post_grad_custom_pre_pass = own
     compiler: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)
     compiled: Callable[..., Any] = compiler(module, list(inputs))
     return compiled

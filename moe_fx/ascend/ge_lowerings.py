@@ -155,11 +155,12 @@ def gating(emit: Emit, node: Node) -> Lowered:
         for added in reversed(emit.added[len(before) :]):
             node.graph.erase_node(added)
         del emit.added[len(before) :]
-    logits, k, score, bias, *groups, eps, scale = arguments(node)
+    logits, k, score, bias, groups, of_groups, group_score, eps, scale = arguments(node)
+    sigmoid = score == "sigmoid"
     tensors = [logits] if bias is None else [logits, bias]
 
     def gate(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return route(logits, k, score, bias, *groups, score == "sigmoid", eps, scale)
+        return route(logits, k, score, bias, groups, of_groups, group_score, sigmoid, eps, scale)
 
     weights, ids = emit.inline(gate, *tensors)
     return weights, ids

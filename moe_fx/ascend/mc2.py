@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from moe_fx.ascend import npu
+from moe_fx.ascend.agreement import agree
 from moe_fx.ascend.emit import Emit, value_of
 
 ops = torch.ops.moe_fx
@@ -67,7 +68,9 @@ def limits(
 
 
 def distribute(emit: Emit, node: Node) -> tuple[Node, ...]:
-    tokens, ids, num_experts, group = node.args[:4]
+    given: Any = node.args
+    tokens, ids, num_experts, group, *agreement = given
+    agree(node.graph, node, [tokens], group, *agreement)
     sent = emit.npu(
         "npu_moe_distribute_dispatch_v2", tokens, ids, *_place(node, group, num_experts)
     )

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_fx.ascend.agreement import agree
 from moe_fx.ascend.emit import Emit, value_of
 from moe_fx.compat import FakeValues
 from moe_fx.region import Lowered, source_of
@@ -78,6 +79,7 @@ def use_streams(graph: Graph, stream: StreamOps) -> list[Lowered]:
         done.append(Lowered("moe_fx.all_to_all", collectives, received.name, source_of(start)))
         _finish(wait, start, received, stream, tag)
     for node in graph.find_nodes(op="call_function", target=ops.even_sizes.default):
+        agree(graph, node, list(node.args[0]), *node.args[1:])
         done.append(Lowered("moe_fx.even_sizes", (), node.name, source_of(node), _UNCHECKED))
     graph.eliminate_dead_code()
     graph.lint()

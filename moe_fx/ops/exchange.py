@@ -145,6 +145,15 @@ def _exchange_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group
     return rows.new_empty((data_dependent_size(least=2), *rows.shape[1:]))
 
 
+def _agree(tensors: list[Tensor], group: str, plans: str, timeout: float) -> None:
+    """As ``exchange_counts`` with ``plans``, for graphs without it. ``tensors``: of the device."""
+    ensure(group, plans, timeout)
+
+
+def _agree_fake(tensors: list[Tensor], group: str, plans: str, timeout: float) -> None:
+    return None
+
+
 def _keep(buffers: list[Tensor]) -> None:
     """Does nothing: until it has run the buffers are not free."""
 
@@ -229,6 +238,8 @@ define(
 )
 define("keep(Tensor[] buffers) -> ()", _keep, _keep)
 has_side_effect(torch.ops.moe_fx.keep.default)
+define("agree(Tensor[] tensors, str group, str plans, float timeout) -> ()", _agree, _agree_fake)
+has_side_effect(torch.ops.moe_fx.agree.default)
 define(
     "exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
     _exchange,
