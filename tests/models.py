@@ -252,14 +252,15 @@ def build(
     impl: str = "grouped_mm",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    **changes: Any,
 ) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    """The family's model in eval mode and its configuration.
+    """The family's model in eval mode and its configuration; ``changes``: to that.
 
     ``impl`` is the spelling of the experts: "grouped_mm" or "batched_mm". The weights of one seed
     are the same numbers in every dtype, up to rounding.
     """
     family = FAMILIES[name]
-    kwargs = {**_COMMON, **family.config_kwargs, "experts_implementation": impl}
+    kwargs = {**_COMMON, **family.config_kwargs, "experts_implementation": impl, **changes}
     config = family.config_class(**kwargs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

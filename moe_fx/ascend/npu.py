@@ -54,6 +54,7 @@ def npugraph_ex() -> Any:
     require_torch_npu("npugraph_ex")
     import torch_npu  # noqa: F401
     import npugraph_ex as module  # isort: skip
+    import npugraph_ex.ops._tagged_event  # isort: skip
 
     return module
 

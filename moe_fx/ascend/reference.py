@@ -164,7 +164,7 @@ def init_routing_v2(
     rows = x[order // expert_idx.shape[1]].clone()
     rows[int(own.sum()) :] = float("nan") if x.is_floating_point() else 0
     where = _inverse(order).masked_fill(~own, -1) if row_idx_type == 0 else order.to(_INT)
-    counts = torch.bincount(flat, minlength=expert_num)[first:end]
+    counts = torch.bincount(flat, minlength=expert_num)[first:end].clone()
     return rows, where, counts, torch.zeros(flat.numel())
 
 

@@ -33,7 +33,11 @@ class Environment:
     libraries: Path
 
     def variables(self) -> dict[str, str]:
-        return {**os.environ, "LD_LIBRARY_PATH": str(self.libraries)}
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(self.libraries),
+            "CANN_SHIM_SOC": "Ascend910_9392",
+        }
 
 
 def environment() -> Environment:

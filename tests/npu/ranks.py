@@ -1,0 +1,270 @@
+"""What runs on a rank of the NPU suite: models on CPU tensors through reference kernels, and on the
+fake device through torch_npu's own compilers."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from moe_fx.ascend import npu, reference
+from moe_fx.ascend.compile import NpuGraphPass
+from moe_fx.ascend.device_pass import DevicePass
+from moe_fx.ascend.ge import GePass
+from moe_fx.report import Report
+from tests.dispatcher.test_captured import layer, tokens
+from tests.models import build, token_ids
+
+LOWERED = {"eager": None, "npugraph_ex": NpuGraphPass, "torchair": GePass}
+Case = tuple[nn.Module, Callable[[int, int], dict[str, Any]]]
+
+
+def case(kind: str, dtype: torch.dtype, dynamic: bool, **fields: Any) -> Case:
+    """(module, inputs for (rank, number of tokens))."""
+    if kind == "dispatcher":
+        module: nn.Module = layer(dist.get_rank())
+        return module, lambda rank, count: {"x": tokens(rank, count)}
+    model, config = build(kind, "grouped_mm", dtype, **fields)
+    if dynamic:
+        model.set_attn_implementation("eager")  # torch_npu's other one specialises on the length
+
+    def inputs(rank: int, count: int) -> dict[str, Any]:
+        return {"input_ids": token_ids(config, 1, count, seed=rank), "use_cache": False}
+
+    return model, inputs
+
+
+@dataclass
+class Compared:
+    errors: list[float]
+    gradient_errors: dict[str, float]
+    lowered: list[tuple[str, tuple[str, ...], str]]
+    plans: list[str]
+    declined: list[str]
+    graphs: int
+    sent: list[str] = field(default_factory=list)
+
+
+def compared(
+    rank: int,
+    kind: str,
+    target: str,
+    counts: Sequence[Sequence[int]],
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = False,
+    fields: dict[str, Any] | None = None,
+) -> Compared:
+    """Eager on CPU against compiled, lowered for ``target`` and run by reference kernels; after the
+    first of ``counts[rank]`` the number of tokens is dynamic."""
+    _prepare()
+    torch.set_grad_enabled(gradients)
+    dynamic = len(counts[rank]) > 1
+    module, inputs = case(kind, dtype, dynamic, **(fields or {}))
+    reports: list[Report] = []
+    found = Compared([], {}, [], [], [], 0)
+    graphs: list[GraphModule] = []
+    compiled = torch.compile(
+        module,
+        backend="moe_fx",
+        fullgraph=True,
+        options={
+            "base": "aot_eager",
+            "lower": "npu",
+            "ep_group": None if kind == "dispatcher" else dist.group.WORLD,
+            "on_report": reports.append,
+            **options,
+        },
+    )
+    with _lowered_for(target, graphs):
+        for count in counts[rank]:
+            given = inputs(rank, count)
+            leaf = next(value for value in given.values() if isinstance(value, Tensor))
+            if dynamic:
+                torch._dynamo.mark_dynamic(leaf, 0 if kind == "dispatcher" else 1)
+            expected, got = _result(module(**given)), _result(compiled(**given))
+            found.errors.append(_relative(got, expected))
+            if gradients:
+                found.gradient_errors |= _gradient_errors(module, expected, got)
+    found.graphs = len(reports)
+    for report in reports:
+        found.lowered += [(each.op, each.to, each.kept) for each in report.lowered]
+        found.plans += [plan.summary for plan in report.plans]
+        found.declined += [declined.reason for declined in report.declined]
+    found.sent = [str(n.target) for graph in graphs for n in graph.graph.nodes]
+    return found
+
+
+def _prepare() -> None:
+    npu.npugraph_ex()
+    npu.torchair()
+    reference.register()
+    torch._dynamo.reset()
+
+
+@contextmanager
+def _lowered_for(target: str, graphs: list[GraphModule]) -> Iterator[None]:
+    """Whatever the compiler asks for, what ``target`` would run."""
+    from moe_fx.ascend import compile as compilation
+
+    kind = LOWERED[target]
+    before = compilation.device_pass
+
+    def device_pass(options: Any, report: Report) -> DevicePass:
+        own = before(options, report) if kind is None else kind(options, report)
+
+        def call(module: GraphModule, *others: Any) -> None:
+            own(module)
+            graphs.append(module)
+
+        return call  # type: ignore[return-value]
+
+    compilation.device_pass = device_pass
+    try:
+        yield
+    finally:
+        compilation.device_pass = before
+
+
+def _result(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def _gradient_errors(module: nn.Module, expected: Tensor, got: Tensor) -> dict[str, float]:
+    """Of all that is not per expert: experts' gradients are summed over the ranks."""
+    names, leaves = zip(*module.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(expected.square().mean(), leaves, allow_unused=True)
+    found = torch.autograd.grad(got.square().mean(), leaves, allow_unused=True)
+    return {
+        name: _relative(mine, theirs)
+        for name, theirs, mine in zip(names, wanted, found, strict=True)
+        if theirs is not None and theirs.dim() < 3
+    }
+
+
+# -- on the fake device ----------------------------------------------------------------------------
+
+
+@dataclass
+class Launched:
+    """trace: what was launched, (name, stream, event) each; graphs: code of the graphs that ran."""
+
+    trace: list[tuple[str, str, str]]
+    lowered: list[tuple[str, tuple[str, ...], str]]
+    plans: list[Any]
+    declined: list[str]
+    races: list[str]
+    nodes: list[str]
+    unbacked: list[str]
+    replayed: bool
+
+
+def launched(
+    rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
+) -> Launched:
+    """Compile, capture and replay on ``npu:0`` with npugraph_ex."""
+    from moe_fx.ascend.happens_before import races, unkept
+
+    _prepare()
+    torch.set_grad_enabled(False)
+    group = dist.new_group(backend="hccl")
+    module, inputs = case(kind, torch.bfloat16, dynamic, **fields)
+    module = module.npu()
+    given = {k: _moved(v) for k, v in inputs(rank, count).items()}
+    if dynamic:
+        torch._dynamo.mark_dynamic(given["input_ids"], 1)
+    reports: list[Report] = []
+    compiled = torch.compile(
+        module,
+        backend="moe_fx",
+        fullgraph=True,
+        options={
+            "base": "npugraph_ex",
+            "ep_group": group,
+            "on_report": reports.append,
+            # npugraph_ex's own in-place pass breaks transformers' masks: x[1:] - x[:-1].
+            "base_options": {"inplace_pass": False},
+            **options,
+        },
+    )
+    with _final_graphs() as finals, _launches() as lines:
+        compiled(**given)
+    with _launches() as again:
+        compiled(**given)
+    report = reports[0]
+    found = [str(race) for graph in finals for race in (*races(graph), *unkept(graph))]
+    return Launched(
+        _parsed(lines),
+        [(each.op, each.to, each.kept) for each in report.lowered],
+        report.plans,
+        [declined.reason for declined in report.declined],
+        found,
+        [str(node.target) for graph in finals for node in graph.nodes],
+        [node.name for graph in finals for node in graph.nodes if "unbacked_bindings" in node.meta],
+        any("aclmdlRIExecuteAsync" in line for line in again),
+    )
+
+
+def _moved(value: Any) -> Any:
+    return value.npu() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _final_graphs() -> Iterator[list[Any]]:
+    """The graphs that npugraph_ex makes code of, after all of its passes."""
+    from npugraph_ex._acl_concrete_graph import fx2acl_converter
+
+    kind = fx2acl_converter.AclConcreteGraph
+    before = kind.optimize_graph_without_runtime
+    found: list[Any] = []
+
+    def optimize(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = before(self, *args, **kwargs)
+        found.append(self.fx_graph.graph)
+        return result
+
+    kind.optimize_graph_without_runtime = optimize
+    try:
+        yield found
+    finally:
+        kind.optimize_graph_without_runtime = before
+
+
+@contextmanager
+def _launches() -> Iterator[list[str]]:
+    """The lines that the stand-ins print."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 2)
+        os.environ["CANN_SHIM_OPTRACE"] = "1"
+        try:
+            yield lines
+        finally:
+            del os.environ["CANN_SHIM_OPTRACE"]
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += [line for line in file if line.startswith("[op]")]
+
+
+_LINE = re.compile(r"\[op\] (\w+)\s+stream=(\S+)(?: event=(\S+))?")
+
+
+def _parsed(lines: Sequence[str]) -> list[tuple[str, str, str]]:
+    return [match.groups("") for line in lines if (match := _LINE.match(line))]  # type: ignore[misc]
