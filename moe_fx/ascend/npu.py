@@ -45,7 +45,8 @@ def communicator_name(group_name: str) -> str:
 
 def all_to_all_op() -> Callable[..., Any]:
     """``npu_define::all_to_all_single_npu``, of whichever compiler was loaded first."""
-    npugraph_ex()
+    if not hasattr(torch.ops.npu_define, "all_to_all_single_npu"):
+        npugraph_ex()
     return cast(Callable[..., Any], torch.ops.npu_define.all_to_all_single_npu.default)
 
 
@@ -60,9 +61,12 @@ def npugraph_ex() -> Any:
 
 
 def torchair() -> Any:
+    """The module, with its converters: it can't load them once npugraph_ex has been loaded."""
     require_torch_npu("torchair")
     import torch_npu  # noqa: F401
     import torchair as module  # isort: skip
+    import torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather
+    import torchair._ge_concrete_graph.ge_converter.experimental.hcom_alltoall
 
     return module
 

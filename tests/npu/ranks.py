@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +106,8 @@ def compared(
 
 
 def _prepare() -> None:
-    npu.npugraph_ex()
     npu.torchair()
+    npu.npugraph_ex()
     reference.register()
     torch._dynamo.reset()
 
@@ -201,9 +201,9 @@ def launched(
             **options,
         },
     )
-    with _final_graphs() as finals, _launches() as lines:
+    with _final_graphs() as finals, _launches() as lines, _garbage(options):
         compiled(**given)
-    with _launches() as again:
+    with _launches() as again, _garbage(options):
         compiled(**given)
     report = reports[0]
     found = [str(race) for graph in finals for race in (*races(graph), *unkept(graph))]
@@ -217,6 +217,11 @@ def launched(
         [node.name for graph in finals for node in graph.nodes if "unbacked_bindings" in node.meta],
         any("aclmdlRIExecuteAsync" in line for line in again),
     )
+
+
+def _garbage(options: dict[str, Any]) -> AbstractContextManager[object]:
+    """Sizes that the host reads from a device that computes nothing are any numbers."""
+    return suppress(RuntimeError) if options["strategy"] == "alltoall" else nullcontext()
 
 
 def _moved(value: Any) -> Any:
@@ -268,3 +273,78 @@ _LINE = re.compile(r"\[op\] (\w+)\s+stream=(\S+)(?: event=(\S+))?")
 
 def _parsed(lines: Sequence[str]) -> list[tuple[str, str, str]]:
     return [match.groups("") for line in lines if (match := _LINE.match(line))]  # type: ignore[misc]
+
+
+# -- torchair --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Converted:
+    """ops: (type, stream, name of the group) of each op of the GE graphs, in order."""
+
+    ops: list[tuple[str, str, str]]
+    plans: list[str]
+    declined: list[str]
+    error: str
+
+
+def converted(
+    rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
+) -> Converted:
+    """What torchair makes of a model; it can't be run without GE."""
+    from torchair import npu_fx_compiler
+
+    _prepare()
+    torch.set_grad_enabled(False)
+    group = dist.new_group(backend="hccl")
+    module, inputs = case(kind, torch.bfloat16, True, **fields)
+    module = module.npu()
+    given = {k: _moved(v) for k, v in inputs(rank, count).items()}
+    if dynamic:
+        torch._dynamo.mark_dynamic(given["input_ids"], 1)
+    reports: list[Report] = []
+    error = ""
+    with _ge_graphs(npu_fx_compiler) as graphs:
+        compiled = torch.compile(
+            module,
+            backend="moe_fx",
+            fullgraph=True,
+            options={
+                "base": "torchair",
+                "ep_group": group,
+                "on_report": reports.append,
+                **options,
+            },
+        )
+        try:
+            compiled(**given)
+        except Exception as failure:  # GE is not there to run the graph
+            error = str(failure)
+    return Converted(
+        [(op.type, _attribute(op, "_user_stream_label"), _attribute(op, "group")) for op in graphs],
+        [plan.summary for report in reports for plan in report.plans],
+        [declined.reason for report in reports for declined in report.declined],
+        error,
+    )
+
+
+def _attribute(op: Any, name: str) -> str:
+    return op.attr[name].s.decode() if name in op.attr else ""
+
+
+@contextmanager
+def _ge_graphs(compiler: Any) -> Iterator[list[Any]]:
+    kind = compiler._NpuFxCompiler
+    before = kind._gen_compiled_gm
+    found: list[Any] = []
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        graph = before(self, *args, **kwargs)
+        found.extend(graph.graph.op)
+        return graph
+
+    kind._gen_compiled_gm = generate
+    try:
+        yield found
+    finally:
+        kind._gen_compiled_gm = before

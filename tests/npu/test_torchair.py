@@ -1,0 +1,82 @@
+"""What torchair makes of rewritten models: the ops of the GE graph and their streams.
+
+The golden files hold the ops that route, exchange and multiply; ``MOE_FX_UPDATE_GOLDEN=1`` writes
+them anew.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_fx.ascend.streams import LABEL
+from moe_fx.testing import RankPool
+from tests.npu.ranks import Converted, converted
+
+GOLDEN = Path(__file__).parent / "golden"
+SHOWN = ("Hcom", "Moe", "GroupedMatmul", "SwiGlu")
+WITHOUT_GE = "Failed get compiled summary"
+"""How torchair ends where the stand-ins for GE do: after the graph was made."""
+GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
+CASES = [
+    ("qwen3_moe", {}, "alltoall", 1),
+    ("qwen3_moe", {}, "allgather", 2),
+    ("deepseek_v3", GROUPED, "alltoall", 1),
+    ("deepseek_v3", GROUPED, "allgather", 2),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind, fields, strategy, chunks", CASES)
+def test_the_graph_is_the_golden_one(
+    ranks2: RankPool, kind: str, fields: dict[str, Any], strategy: str, chunks: int, dynamic: bool
+) -> None:
+    run = partial(converted, **fields)
+    options = {"strategy": strategy, "overlap": chunks}
+    results = ranks2.run(run, kind, 9, dynamic, options)
+    for result in results:
+        assert result.declined == []
+        assert WITHOUT_GE in result.error
+    texts = {_text(result) for result in results}
+    assert len(texts) == 1, "the ranks have other graphs"
+    _compare(GOLDEN / f"{kind}-{strategy}-{'dynamic' if dynamic else 'static'}.txt", texts.pop())
+
+
+def _text(result: Converted) -> str:
+    lines = [
+        f"{kind} {stream}".rstrip() for kind, stream, _ in result.ops if kind.startswith(SHOWN)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _compare(file: Path, text: str) -> None:
+    if os.environ.get("MOE_FX_UPDATE_GOLDEN"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+
+
+def test_exchanges_of_rows_are_labelled_and_in_the_group(ranks2: RankPool) -> None:
+    options = {"strategy": "allgather", "overlap": 2}
+    for result in ranks2.run(converted, "qwen3_moe", 9, False, options):
+        exchanges = [(stream, group) for kind, stream, group in result.ops if "Hcom" in kind]
+        assert len(exchanges) == 2 * (2 + 2 + 2)  # ids and weights, tokens, results; two layers
+        assert {stream for stream, _ in exchanges} == {LABEL}
+        assert len({group for _, group in exchanges}) == 1 and exchanges[0][1]
+
+
+def test_mc2_is_two_ops(ranks2: RankPool) -> None:
+    run = partial(converted, hidden_size=1024)
+    for result in ranks2.run(run, "qwen3_moe", 9, False, {"strategy": "mc2"}):
+        kinds = [kind for kind, _, _ in result.ops if "Distribute" in kind]
+        assert kinds == ["MoeDistributeDispatchV2", "MoeDistributeCombineV2"] * 2
+
+
+def test_what_ge_does_not_know_is_said(ranks2: RankPool) -> None:
+    options = {"strategy": "padded_alltoall"}
+    for result in ranks2.run(converted, "qwen3_moe", 9, False, options):
+        assert all("base='torchair' has no converters" in reason for reason in result.declined)
+        assert len(result.declined) == 2
