@@ -114,11 +114,16 @@ def size_and_rank(group_name: str) -> tuple[int, int]:
     return group.size(), group.rank()
 
 
-def generation() -> str:
-    """ "A2", "A3", or else the name of the device."""
+def device() -> Any:
+    """The module ``torch.npu``."""
     import torch_npu
 
-    name: str = torch_npu.npu.get_device_name()
+    return torch_npu.npu
+
+
+def generation() -> str:
+    """A2 or A3, or else the name of the device."""
+    name: str = device().get_device_name()
     for prefix, known in (("Ascend910_93", "A3"), ("Ascend910B", "A2")):
         if name.startswith(prefix):
             return known

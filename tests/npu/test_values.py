@@ -12,7 +12,7 @@ from moe_fx.testing import RankPool
 from tests.npu.ranks import compared
 
 EXACT = 1e-5
-STATIC, EVEN, RAGGED = [[9], [9]], [[9, 4], [9, 4]], [[9, 1], [5, 8]]
+STATIC, EVEN, RAGGED = [[9], [9]], [[9, 4], [9, 4]], [[9, 3], [5, 8]]
 GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 FIELDS: dict[str, dict[str, Any]] = {"qwen3_moe": {}, "deepseek_v3": GROUPED}
 CASES = [
