@@ -143,7 +143,7 @@ def model_on_rank(rank: int, device: str, base: str, strategy: str, chunks: int)
         npu.npugraph_ex()
         reference.register()
         group = dist.group.WORLD
-    model = tiny_model("qwen3_moe", **_MODEL, attn_implementation="eager").bfloat16()
+    model: Any = tiny_model("qwen3_moe", **_MODEL, attn_implementation="eager").bfloat16()
     model = model.to(device)
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=generator).to(device)

@@ -19,7 +19,7 @@ from moe_fx.ascend.device_pass import DevicePass
 from moe_fx.ascend.ge import GePass, compile_ge
 from moe_fx.ascend.happens_before import races, unkept
 from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
-from moe_fx.ascend.streams import StreamOps, use_streams
+from moe_fx.ascend.streams import LABEL, StreamOps, use_streams
 from moe_fx.compat import aot_eager_compiler
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
@@ -103,7 +103,8 @@ def stream_ops(options: Options) -> StreamOps:
 
 
 def check_order(module: GraphModule) -> None:
-    found = [*races(module.graph), *unkept(module.graph)]
+    """Of our stream; a user's own streams are the user's."""
+    found = [race for race in (*races(module.graph), *unkept(module.graph)) if race.concerns(LABEL)]
     if found:
         raise RuntimeError(
             "moe_fx: the graph for the NPU has unordered edges between streams; this is a bug, "
@@ -115,10 +116,7 @@ def _npugraph_ex(
     module: GraphModule, inputs: Sequence[Any], own: DevicePass, options: Options, report: Report
 ) -> Callable[..., Any]:
     compiler = npu.npugraph_ex_compiler()
-    settings = {
-        **options.base_options,
-        "post_grad_custom_pre_pass": own,
-    }
+    settings = own.among(options.base_options)
     if any(plan.host_sync for plan in report.plans):
         log.warning(
             "base='npugraph_ex' runs this graph op by op and does not capture it: %s. Strategies "

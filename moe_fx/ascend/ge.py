@@ -116,9 +116,8 @@ def compile_ge(
     """``module`` compiled by torchair."""
     torchair = npu.torchair()
     config = torchair.CompilerConfig()
-    for name, value in options.base_options.items():
+    for name, value in own.among(options.base_options).items():
         _set(config, name, value)
-    config.post_grad_custom_pre_pass = own
     compiler: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)
     compiled: Callable[..., Any] = compiler(module, list(inputs))
     return compiled
@@ -127,5 +126,7 @@ def compile_ge(
 def _set(config: Any, name: str, value: Any) -> None:
     *path, last = name.split(".")
     for each in path:
-        config = getattr(config, each)
+        config = getattr(config, each, None)
+    if not hasattr(config, last):
+        raise ConfigurationError(f"base_options: torchair's CompilerConfig has no {name!r}")
     setattr(config, last, value)

@@ -23,14 +23,18 @@ Clock = dict[str, int]
 
 @dataclass(frozen=True)
 class Race:
-    """``reader``, on one stream, may run before ``writer`` on another has. what: "reads" or
-    "overwrites" or "frees"."""
+    """``reader``, on one stream, may run before ``writer`` on another has. what: it "reads" or
+    "overwrites" what ``writer`` is, or its buffer is given to others ("frees") while that uses
+    it."""
 
     writer: str
     writer_stream: str
     reader: str
     reader_stream: str
     what: str = "reads"
+
+    def concerns(self, stream: str) -> bool:
+        return stream in (self.writer_stream, self.reader_stream)
 
     def __str__(self) -> str:
         here, there = self.reader_stream or "main", self.writer_stream or "main"

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_fx.ascend import npu
 from moe_fx.ascend.agreement import agree
 from moe_fx.ascend.emit import Emit, value_of
 from moe_fx.compat import FakeValues
@@ -145,8 +146,6 @@ _PARTS_OF_SIZES = (aten.sum.dim_IntList, aten.select.int)
 def even_exchange(emit: Emit, rows: Any, group: Any) -> Node:
     """As torch_npu's compilers spell an all-to-all; of numbers in one row, as its runtime and its
     meta kernel disagree about others."""
-    from moe_fx.ascend import npu
-
     tag, ranks = npu.tag_and_ranks(group)
     world = len(ranks)
     sizes = value_of(rows).shape

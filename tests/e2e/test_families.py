@@ -44,21 +44,27 @@ def test_explain_finds_every_layer_with_its_fields(
         assert f"/{expected.name}/modeling_{expected.name}.py:" in region.source
 
 
+MAIN = ("qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+def _marks(family: str, impl: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """By day, with the slow tests, or by hand."""
+    differs = (impl != "grouped_mm") + (dtype != torch.float32)
+    if family in MAIN:
+        return [pytest.mark.slow] if differs else []
+    return [pytest.mark.slow if differs < 2 else pytest.mark.grid]
+
+
 CASES = [
-    pytest.param(
-        impl,
-        dtype,
-        program,
-        marks=[] if dtype == torch.float32 and impl == "grouped_mm" else [pytest.mark.slow],
-    )
+    pytest.param(family, impl, dtype, program, marks=_marks(family, impl, dtype))
+    for family in FAMILIES
     for impl in IMPLEMENTATIONS
     for dtype in DTYPES
     for program in ("replicated", "gathered")
 ]
 
 
-@pytest.mark.parametrize(("impl", "dtype", "program"), CASES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "impl", "dtype", "program"), CASES, ids=str)
 def test_two_ranks_give_what_eager_gives(
     ranks2: RankPool, family: str, impl: str, dtype: torch.dtype, program: str
 ) -> None:

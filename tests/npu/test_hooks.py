@@ -10,6 +10,10 @@ import torch.distributed as dist
 
 import moe_fx
 from moe_fx.ascend import npu
+from moe_fx.ascend.compile import device_pass
+from moe_fx.ascend.ge import compile_ge
+from moe_fx.errors import ConfigurationError
+from moe_fx.report import Report
 from moe_fx.testing import RankError, RankPool
 from tests.npu.ranks import _final_graphs, _ge_graphs, _moved, _prepare, case
 
@@ -84,3 +88,13 @@ def key(rank: int, options: dict[str, Any]) -> str:
 def test_the_key_is_of_the_options(ranks2: RankPool) -> None:
     keys = [ranks2.run(key, options)[0] for options in (GATHERED, GATHERED, {"overlap": 1})]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_hook_that_is_taken_and_an_option_that_is_none() -> None:
+    options = moe_fx.Options(base="torchair", base_options={"debug.no_such": 1})
+    own = device_pass(options, Report())
+    with pytest.raises(ConfigurationError, match=r"has no 'debug\.no_such'"):
+        compile_ge(torch.fx.symbolic_trace(torch.nn.ReLU()), [], own, options)
+    taken = {"post_grad_custom_pre_pass": print}
+    with pytest.raises(ConfigurationError, match="is where moe_fx's own pass goes"):
+        own.among(taken)

@@ -285,9 +285,14 @@ def test_two_ranks_give_what_eager_gives(
         assert not any("all_gather" in op for op in ops)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("program", ["replicated", "gathered"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("replicated", marks=pytest.mark.grid),
+        pytest.param("gathered", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", MODELS)
 def test_inductor_on_two_ranks_gives_what_eager_gives(
     ranks2: RankPool, family: str, program: str
