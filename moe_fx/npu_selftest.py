@@ -35,7 +35,7 @@ from moe_fx.testing import RankPool
 from moe_fx.tiny import tiny_model
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-_ROUNDS = 20
+_ROUNDS = {"npu": 20, "cpu": 2}
 _TIMEOUT = 600.0
 _MODEL = {"hidden_size": 1024, "moe_intermediate_size": 512}
 _TOKENS = 128
@@ -164,9 +164,10 @@ def model_on_rank(rank: int, device: str, base: str, strategy: str, chunks: int)
         return logits.clone()
 
     expected, first, second = call(model), call(compiled), call(compiled)
-    seconds = [_timed(lambda: call(compiled), device) for _ in range(_ROUNDS)]
+    seconds = [_timed(lambda: call(compiled), device) for _ in range(_ROUNDS[device])]
     return Ran(
-        _relative(first.cpu(), expected.cpu()),
+        # Of the whole: where the router nearly ties, some token may meet another expert.
+        float((first - expected).float().norm() / expected.float().norm()),
         _relative(second.cpu(), first.cpu()),
         1e3 * statistics.median(seconds),
         tuple(declined.reason for report in reports for declined in report.declined),

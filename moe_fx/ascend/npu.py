@@ -51,9 +51,12 @@ def all_to_all_op() -> Callable[..., Any]:
 
 
 def npugraph_ex() -> Any:
-    """The module, whose ops it registers."""
+    """The module, whose ops it registers. Loads torchair first, which could not be loaded later."""
     require_torch_npu("npugraph_ex")
     import torch_npu  # noqa: F401
+
+    if not hasattr(torch.ops.npu_define, "all_to_all_single_npu"):
+        torchair()
     import npugraph_ex as module  # isort: skip
     import npugraph_ex.ops._tagged_event  # isort: skip
 
@@ -61,13 +64,20 @@ def npugraph_ex() -> Any:
 
 
 def torchair() -> Any:
-    """The module, with its converters: it can't load them once npugraph_ex has been loaded."""
+    """The module, with its converters. Raises `ConfigurationError` if npugraph_ex was loaded
+    before: then torch_npu 2.13 can't load them any more."""
     require_torch_npu("torchair")
     import torch_npu  # noqa: F401
     import torchair as module  # isort: skip
-    import torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather
-    import torchair._ge_concrete_graph.ge_converter.experimental.hcom_alltoall
 
+    try:
+        import torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather
+        import torchair._ge_concrete_graph.ge_converter.experimental.hcom_alltoall
+    except ImportError as error:
+        raise ConfigurationError(
+            "torchair's converters of collectives can't be loaded once npugraph_ex has been: "
+            f"import torchair before you use npugraph_ex in this process ({error})"
+        ) from error
     return module
 
 
