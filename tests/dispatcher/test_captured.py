@@ -33,13 +33,16 @@ class Seen:
 
 
 def layer(
-    rank: int, kind: type[GroupedLayer] = GroupedLayer, fields: dict[str, Any] | None = None
+    rank: int,
+    kind: type[GroupedLayer] = GroupedLayer,
+    fields: dict[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> GroupedLayer:
     local = EXPERTS // dist.get_world_size()
     config = moe_fx.MoEDispatcherConfig(
         num_local_experts=local, moe_router_topk=TOP_K, **(fields or {})
     )
-    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config)
+    d = moe_fx.MoEAlltoAllSeqOverLapDispatcher(config, group)
     return kind(d, rank * local, local, EXPERTS)
 
 

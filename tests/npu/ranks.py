@@ -29,11 +29,17 @@ LOWERED = {"eager": None, "npugraph_ex": NpuGraphPass, "torchair": GePass}
 Case = tuple[nn.Module, Callable[[int, int], dict[str, Any]]]
 
 
-def case(kind: str, dtype: torch.dtype, dynamic: bool, **fields: Any) -> Case:
-    """(module, inputs for (rank, number of tokens))."""
+def case(
+    kind: str,
+    dtype: torch.dtype,
+    dynamic: bool,
+    group: dist.ProcessGroup | None = None,
+    **fields: Any,
+) -> Case:
+    """(module, inputs for (rank, number of tokens)). group: the dispatcher's, if not the world."""
     if kind == "dispatcher":
-        module: nn.Module = layer(dist.get_rank())
-        return module, lambda rank, count: {"x": tokens(rank, count)}
+        module: nn.Module = layer(dist.get_rank(), group=group)
+        return module.to(dtype), lambda rank, count: {"x": tokens(rank, count).to(dtype)}
     model, config = build(kind, "grouped_mm", dtype, **fields)
     if dynamic:
         model.set_attn_implementation("eager")  # torch_npu's other one specialises on the length
@@ -89,9 +95,8 @@ def compared(
     with _lowered_for(target, graphs):
         for count in counts[rank]:
             given = inputs(rank, count)
-            leaf = next(value for value in given.values() if isinstance(value, Tensor))
             if dynamic:
-                torch._dynamo.mark_dynamic(leaf, 0 if kind == "dispatcher" else 1)
+                _mark_dynamic(kind, given)
             expected, got = _result(module(**given)), _result(compiled(**given))
             found.errors.append(_relative(got, expected))
             if gradients:
@@ -103,6 +108,11 @@ def compared(
         found.declined += [declined.reason for declined in report.declined]
     found.sent = [str(n.target) for graph in graphs for n in graph.graph.nodes]
     return found
+
+
+def _mark_dynamic(kind: str, given: dict[str, Any]) -> None:
+    leaf, dim = (given["x"], 0) if kind == "dispatcher" else (given["input_ids"], 1)
+    torch._dynamo.mark_dynamic(leaf, dim)
 
 
 def _prepare() -> None:
@@ -182,11 +192,11 @@ def launched(
     _prepare()
     torch.set_grad_enabled(False)
     group = dist.new_group(backend="hccl")
-    module, inputs = case(kind, torch.bfloat16, dynamic, **fields)
+    module, inputs = case(kind, torch.bfloat16, dynamic, group, **fields)
     module = module.npu()
     given = {k: _moved(v) for k, v in inputs(rank, count).items()}
     if dynamic:
-        torch._dynamo.mark_dynamic(given["input_ids"], 1)
+        _mark_dynamic(kind, given)
     reports: list[Report] = []
     compiled = torch.compile(
         module,
@@ -194,7 +204,7 @@ def launched(
         fullgraph=True,
         options={
             "base": "npugraph_ex",
-            "ep_group": group,
+            "ep_group": None if kind == "dispatcher" else group,
             "on_report": reports.append,
             # npugraph_ex's own in-place pass breaks transformers' masks: x[1:] - x[:-1].
             "base_options": {"inplace_pass": False},
@@ -297,11 +307,11 @@ def converted(
     _prepare()
     torch.set_grad_enabled(False)
     group = dist.new_group(backend="hccl")
-    module, inputs = case(kind, torch.bfloat16, True, **fields)
+    module, inputs = case(kind, torch.bfloat16, True, group, **fields)
     module = module.npu()
     given = {k: _moved(v) for k, v in inputs(rank, count).items()}
     if dynamic:
-        torch._dynamo.mark_dynamic(given["input_ids"], 1)
+        _mark_dynamic(kind, given)
     reports: list[Report] = []
     error = ""
     with _ge_graphs(npu_fx_compiler) as graphs:
@@ -311,7 +321,7 @@ def converted(
             fullgraph=True,
             options={
                 "base": "torchair",
-                "ep_group": group,
+                "ep_group": None if kind == "dispatcher" else group,
                 "on_report": reports.append,
                 **options,
             },

@@ -34,15 +34,21 @@ def test_exchanges_run_on_their_stream_with_compute_between(
 
 
 def _check_streams(result: Launched) -> None:
-    """Every exchange between its events; matrix products launched while one is under way."""
+    """Each exchange, on a stream of its own, behind what the main stream had made, and before the
+    main stream goes on with what arrived; matrix products are launched while some are under way."""
+    trace = result.trace
     main = _stream_of("aclnnGroupedMatmul", result)
-    exchange = {
-        stream
-        for name, stream, _ in result.trace
-        if name == "aclrtStreamWaitEvent" and stream != main
-    }
-    assert exchange
-    filled = sum(_compute_between(at, result, main) for at in _arrivals(result, main, exchange))
+    exchanges = [at for at, (name, _, _) in enumerate(trace) if name in EXCHANGES]
+    starting = ("npu_define.all_to_all_single_npu.default", "moe_fx.exchange_counts.default")
+    assert len(exchanges) == sum(node in starting for node in result.nodes)
+    assert all(trace[at][1] != main for at in exchanges)
+    filled = 0
+    for at in exchanges:
+        behind = _behind(trace, at, main)
+        assert behind is not None, f"{trace[at]} is not behind the main stream"
+        joined = _joined(trace, at, main)
+        assert joined is not None, f"the main stream never waits for {trace[at]}"
+        filled += any(s == main and n.startswith("aclnn") for n, s, _ in trace[at:joined])
     assert filled > 0
 
 
@@ -52,23 +58,31 @@ def _stream_of(op: str, result: Launched) -> str:
     return streams.pop()
 
 
-def _arrivals(result: Launched, main: str, exchange: set[str]) -> list[tuple[int, int]]:
-    """(where it was recorded on an exchange's stream, where the main stream waits for it)."""
-    recorded: dict[str, int] = {}
-    found = []
-    for at, (name, stream, event) in enumerate(result.trace):
-        if name == "aclrtRecordEvent" and stream in exchange:
-            recorded[event] = at
-        elif name == "aclrtStreamWaitEvent" and stream == main and event in recorded:
-            found.append((recorded.pop(event), at))
-    return found
+def _behind(trace: list[tuple[str, str, str]], at: int, main: str) -> int | None:
+    """Where the main stream recorded what the launch at ``at`` is behind, through other streams."""
+    stream = trace[at][1]
+    for before in range(at - 1, -1, -1):
+        name, on, event = trace[before]
+        if name == "aclrtStreamWaitEvent" and on == stream:
+            for record in range(before - 1, -1, -1):
+                if trace[record][0] == "aclrtRecordEvent" and trace[record][2] == event:
+                    found = record if trace[record][1] == main else _behind(trace, record, main)
+                    if found is not None:
+                        return found
+                    break
+    return None
 
 
-def _compute_between(span: tuple[int, int], result: Launched, main: str) -> bool:
-    start, end = span
-    return any(
-        stream == main and name.startswith("aclnn") for name, stream, _ in result.trace[start:end]
-    )
+def _joined(trace: list[tuple[str, str, str]], at: int, main: str) -> int | None:
+    """Where the main stream waits for the launch at ``at``, through other streams."""
+    stream = trace[at][1]
+    for record in range(at + 1, len(trace)):
+        name, on, event = trace[record]
+        if name == "aclrtRecordEvent" and on == stream:
+            for wait in range(record + 1, len(trace)):
+                if trace[wait][0] == "aclrtStreamWaitEvent" and trace[wait][2] == event:
+                    return wait if trace[wait][1] == main else _joined(trace, wait, main)
+    return None
 
 
 def test_exact_sizes_name_their_sync_and_are_not_captured(ranks2: RankPool) -> None:
@@ -107,3 +121,13 @@ def test_cores_are_limited_where_asked(ranks2: RankPool) -> None:
     for result in ranks2.run(launched, "qwen3_moe", 9, False, options):
         assert result.races == []
         assert result.replayed
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_eager_dispatcher_is_lowered_on_the_device(ranks2: RankPool, dynamic: bool) -> None:
+    options = {"strategy": "alltoall", "overlap": 2}
+    for result in ranks2.run(launched, "dispatcher", 9, dynamic, options):
+        assert result.declined == []
+        assert result.races == []
+        wanted = {"npu.npu_moe_token_permute.default", "npu.npu_grouped_matmul.default"}
+        assert {*wanted, "moe_fx.exchange.default"} <= set(result.nodes)

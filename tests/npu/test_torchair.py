@@ -22,7 +22,8 @@ SHOWN = ("Hcom", "Moe", "GroupedMatmul", "SwiGlu")
 WITHOUT_GE = "Failed get compiled summary"
 """How torchair ends where the stand-ins for GE do: after the graph was made."""
 GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
-CASES = [
+CASES: list[tuple[str, dict[str, Any], str, int]] = [
+    ("dispatcher", {}, "alltoall", 1),
     ("qwen3_moe", {}, "alltoall", 1),
     ("qwen3_moe", {}, "allgather", 2),
     ("deepseek_v3", GROUPED, "alltoall", 1),

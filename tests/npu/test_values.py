@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from moe_fx.ascend import reference
 from moe_fx.testing import RankPool
 from tests.npu.ranks import compared
 
@@ -77,3 +79,22 @@ def test_mc2_computes_what_eager_computes(ranks2: RankPool, kind: str) -> None:
             assert max(result.errors) <= tolerance
             own = {op for _, to, _ in result.lowered for op in to if "distribute" in op}
             assert bool(own) == (dtype == torch.bfloat16)
+
+
+def mc2_checked(rank: int) -> None:
+    reference.register()
+    group = dist.group.WORLD
+    assert group is not None
+    tokens, ids = torch.randn(4, 32).bfloat16(), torch.randint(8, (4, 1), dtype=torch.int32)
+    place = (group.group_name, 2, rank, 8)
+    checks = ("test_schema", "test_faketensor")
+    dispatch = torch.ops.npu.npu_moe_distribute_dispatch_v2.default
+    torch.library.opcheck(dispatch, (tokens, ids, *place), test_utils=checks)
+    rows, _, assist, _, ends, *_ = dispatch(tokens, ids, *place)
+    combine = torch.ops.npu.npu_moe_distribute_combine_v2.default
+    given = (rows, ids, assist, ends, torch.rand(4, 1), *place)
+    torch.library.opcheck(combine, given, test_utils=checks)
+
+
+def test_the_reference_of_mc2_is_what_schema_and_meta_say(ranks2: RankPool) -> None:
+    ranks2.run(mc2_checked)
