@@ -22,7 +22,11 @@ from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import (
+    _find_or_create_pg_by_ranks_and_tag,
+    _get_group_tag,
+    _resolve_process_group,
+)
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
@@ -42,7 +46,9 @@ __all__ = [
     "exchange_equal_rows",
     "export_functional",
     "graph_breaks",
+    "group_of_ranks",
     "group_store",
+    "group_tag",
     "inductor_passes",
     "number",
     "real_tensors",
@@ -58,6 +64,16 @@ __all__ = [
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group registered under ``name`` (``ProcessGroup.group_name``)."""
     return _resolve_process_group(cast(Any, name))
+
+
+def group_tag(group: dist.ProcessGroup) -> str:
+    """With its ranks, what names a group in collectives that take both."""
+    return _get_group_tag(group)
+
+
+def group_of_ranks(tag: str, ranks: list[int]) -> dist.ProcessGroup:
+    """The group of a tag (`group_tag`) and its ranks."""
+    return _find_or_create_pg_by_ranks_and_tag(tag, ranks, len(ranks))
 
 
 def data_dependent_size(least: int = 0) -> SymInt | int:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 import moe_fx
 from moe_fx.ascend import npu, reference
+from moe_fx.errors import ConfigurationError
 from moe_fx.testing import RankPool
 from moe_fx.tiny import tiny_model
 
@@ -240,11 +241,14 @@ def main(
     report: Annotated[Path, typer.Option(help="where the JSON goes")] = Path("npu_selftest.json"),
 ) -> None:
     """Check moe_fx on the NPUs of this machine and write a report."""
-    npu.require_torch_npu("npugraph_ex")
-    npu.torchair()
+    console = Console()
+    try:
+        npu.torchair()
+    except ConfigurationError as missing:
+        console.print(str(missing))
+        raise typer.Exit(2) from None
     reference.register()
     count = ranks or (npu.device().device_count() if device == "npu" else 2)
-    console = Console()
     checks: list[Check] = []
     with Progress(console=console) as progress:
         task = progress.add_task("checking", total=None)

@@ -11,9 +11,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from moe_fx.compat import base_compiler, resolve_group
+from moe_fx.compat import base_compiler, group_tag, resolve_group
 from moe_fx.errors import ConfigurationError
 
 COMPILERS = ("npugraph_ex", "torchair")
@@ -31,8 +30,7 @@ def require_torch_npu(base: str) -> None:
 def tag_and_ranks(group_name: str) -> tuple[str, list[int]]:
     """How torch_npu's collectives name a process group."""
     group = resolve_group(group_name)
-    tag = distributed_c10d._get_group_tag(group)
-    return tag, list(dist.get_process_group_ranks(group))
+    return group_tag(group), list(dist.get_process_group_ranks(group))
 
 
 def communicator_name(group_name: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch.library import Library
+
+from moe_fx.compat import group_of_ranks
 
 _INT = torch.int32
 
@@ -204,7 +205,7 @@ def all_to_all_single(
     ranks: list[int],
     group_size: int,
 ) -> Tensor:
-    group = distributed_c10d._find_or_create_pg_by_ranks_and_tag(tag, ranks, group_size)
+    group = group_of_ranks(tag, ranks)
     received = numbers.new_empty(sum(recv_counts))
     dist.all_to_all_single(received, numbers, list(recv_counts), list(send_counts), group=group)
     return received
