@@ -46,7 +46,8 @@ _NUM_TOKENS = 64
 _SEARCH_LIMIT = 100
 _NEAR_TIES = (4.0, 0.1)
 
-RouterCache = dict[str, "Router | Refusal"]
+RouterCache = dict[str, "tuple[Router, bool] | Refusal"]
+"""Of a router: its description, and whether it holds for any bias."""
 
 
 def recognise_router(
@@ -70,16 +71,19 @@ def recognise_router(
     found = cache[key]
     if isinstance(found, Refusal):
         raise Refusal(found.reason, parts.ids, found.progress)
-    return found, captured.gate(found)
+    router, holds = found
+    gate = Gate(captured.logits, captured.bias, captured.groups[2])
+    return router, gate if holds else None
 
 
-def _recognise(selection: Selection, parts: Parts, captured: _Captured) -> Router:
+def _recognise(selection: Selection, parts: Parts, captured: _Captured) -> tuple[Router, bool]:
     if not selection.exact:
         _check_ids(selection, parts, captured)
     try:
-        return fit(captured.samples(), selection)
+        router = fit(captured.samples(), selection)
     except Unfit as unfit:
-        return Router(note=str(unfit))
+        return Router(note=str(unfit)), False
+    return router, captured.holds(router)
 
 
 def _unproven(selection: Selection, parts: Parts, why: str) -> Refusal:
@@ -129,16 +133,16 @@ class _Captured:
     groups: tuple[int, int, str]
     has_weights: bool
 
-    def gate(self, router: Router) -> Gate | None:
-        """None: experts of groups that are not selected score zero, not less than all others: they
-        are selected where those score below zero."""
-        if router.num_groups > 1 and self.bias is not None:
-            try:
-                if fit(self.sample(bias_shift=-3.0), self.selection) != router:
-                    return None
-            except Unfit:
-                return None
-        return Gate(self.logits, self.bias, self.groups[2])
+    def holds(self, router: Router) -> bool:
+        """Whether ``router`` describes this with any bias. It does not where experts of groups that
+        are not selected score zero, not less than all others: they are selected where those score
+        below zero."""
+        if router.num_groups == 1 or self.bias is None:
+            return True
+        try:
+            return fit(self.sample(bias_shift=-3.0), self.selection) == router
+        except Unfit:
+            return False
 
     def samples(self) -> Sample:
         """`sample` of at least `_NUM_TOKENS` tokens, also where the graph is for fewer."""
