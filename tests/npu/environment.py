@@ -50,11 +50,20 @@ def environment() -> Environment:
     described += [file.read_text() for file in sorted((_HERE / "shim").glob("*.*"))]
     folder = _CACHE / f"npu-{hashlib.sha256(repr(described).encode()).hexdigest()[:12]}"
     found = Environment(folder / "venv/bin/python", folder / "shim")
-    if not (folder / "complete").exists():
+    complete = folder / "complete"
+    if not complete.exists():
+        _remove_stale()
         shutil.rmtree(folder, ignore_errors=True)
         _make(found, packages)
-        (folder / "complete").touch()
+        complete.write_text(packages)
     return found
+
+
+def _remove_stale() -> None:
+    """Environments that shared the packages of one that is gone."""
+    for complete in _CACHE.glob("npu-*/complete"):
+        if not Path(complete.read_text() or ".").is_dir():
+            shutil.rmtree(complete.parent)
 
 
 def _make(made: Environment, packages: str) -> None:
