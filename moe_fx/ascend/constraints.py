@@ -5,7 +5,7 @@ matmuls of other inner sizes, an int32 ``group_list``, odd widths of a SwiGLU. S
 lowering emits is checked here, and one that violates a rule is not emitted.
 
 Sources of the rules: the docstrings that torch_npu 2.13 carries (``_op_plugin_docs.py``); for MC2
-the op-plugin pages of ``npu_moe_distribute_dispatch(_v2)`` (7.0 and 7.3). A size that is symbolic
+the op-plugin page of ``npu_moe_distribute_dispatch`` (torch_npu 7.0). A size that is symbolic
 when the graph is compiled can't break a rule here.
 """
 

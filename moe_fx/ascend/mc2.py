@@ -1,7 +1,8 @@
 """MC2's limits, by generation of the device, and its lowering.
 
-Source of the limits: the op-plugin pages of ``npu_moe_distribute_dispatch`` (torch_npu 7.0) and
-``npu_moe_distribute_dispatch_v2`` (7.3), the narrower of both where they differ.
+Source of the limits: the op-plugin page of ``npu_moe_distribute_dispatch`` (torch_npu 7.0), but for
+A3's hidden sizes: that page has 7168 only, later versions take smaller ones; which was not found
+written where this was made. If CANN refuses one, please say so (docs/ascend.md).
 """
 
 from __future__ import annotations
