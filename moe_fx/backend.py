@@ -49,7 +49,7 @@ def moe_fx_backend(
     if parsed.strict:
         _check_strict(report)
     ordered = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
-    if report.regions and lowers(parsed, example_inputs):
+    if lowers(parsed, example_inputs):
         compiled = compile_lowered(rewritten, example_inputs, parsed, report)
     elif ordered:
         compiled = compile_ordered(rewritten, example_inputs, parsed)

@@ -351,6 +351,8 @@ _PIPELINES = {
     "allgather": _allgather,
     "gather_weights": _gather_weights,
 }
+PRICED = frozenset(_PIPELINES)
+"""Strategies that the model knows."""
 
 
 def _experts(

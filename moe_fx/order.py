@@ -7,13 +7,14 @@ dependencies, which Inductor's own reordering and fusing then respect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 
 from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
+from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.overlap import overlap
 from moe_fx.sources import SOURCES
@@ -35,6 +36,19 @@ class OrderPass(CustomGraphPass):
         return f"moe_fx.OrderPass {SOURCES} {torch.__version__} {self.memory}"
 
 
+def beside(base_options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``base_options`` and what moe_fx sets of them itself. Raises `ConfigurationError` if the user
+    has set the same."""
+    both = sorted(set(base_options) & set(own))
+    if both:
+        raise ConfigurationError(
+            f"base_options: moe_fx sets {', '.join(both)} itself. Leave them out; for a pass of "
+            "your own use another hook of the compiler, or compile with it directly and call "
+            "moe_fx.MoEPass from your hook."
+        )
+    return {**base_options, **own}
+
+
 def base_arguments(options: Options) -> dict[str, Any]:
     """How the base compiler takes its options."""
     if not options.base_options:
@@ -50,12 +64,12 @@ def compile_ordered(
     compiler = base_compiler(options.base)
     if options.base not in ORDERS_LATER:
         return compiler(module, list(inputs), **base_arguments(options))
-    patches = {
-        **options.base_options,
+    own = {
         "post_grad_custom_pre_pass": inductor_passes(OrderPass(options.overlap_memory)),
         # The first would start each exchange where it is waited for, the second do the filling
         # before anything is started.
         "reorder_for_locality": False,
         "reorder_for_peak_memory": False,
     }
+    patches = beside(options.base_options, own)
     return compiler(module, list(inputs), config_patches=patches)

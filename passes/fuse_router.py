@@ -12,20 +12,20 @@ Pseudo-code::
     captured weights, ids -> these
 
 Leaves alone, as captured: scores other than softmax and sigmoid, sigmoids that are not
-renormalised, factors from parameters, experts among the logits that are none.
+renormalised, factors from parameters, experts among the logits that are none; the report says why.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.roles import shape, value
-from moe_fx.region import Region, Router
+from moe_fx.region import Lowered, Region, Router
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
@@ -37,31 +37,48 @@ class FuseRouter(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         if not context.fuses_routers or context.training:
             return PassResult(module, changed=False)
-        fitting = [_fits(region) for region in context.regions]
-        context.regions = [
-            _fused(region, module) if fits else region
-            for region, fits in zip(context.regions, fitting, strict=True)
-        ]
-        return PassResult(module, any(fitting))
+        changed = False
+        for at, region in enumerate(context.regions):
+            reason = _misfit(region)
+            if reason:
+                kept = Lowered("router", (), region.parts.select.name, region.source, reason)
+                context.report.lowered.append(kept)
+            else:
+                context.regions[at] = _fused(region, module)
+                changed = True
+        return PassResult(module, changed)
 
 
-def _fits(region: Region) -> bool:
+def _misfit(region: Region) -> str:
     parts, router = region.parts, region.router
-    if parts.gate is None or parts.weights is None or not router.verified:
-        return False
-    plain = Router(
-        score=router.score,
-        select_bias=router.select_bias,
-        num_groups=router.num_groups,
-        topk_group=router.topk_group,
-        renormalise=router.renormalise,
-        scale=router.scale,
-        softmax_after_topk=router.softmax_after_topk,
-        verified=True,
-    )
-    scored = router.score == "softmax" or (router.score == "sigmoid" and router.renormalise)
-    shapes = [len(shape(node)) for node in (parts.gate.logits, parts.weights, parts.ids)]
-    return router == plain and scored and shapes == [2, 2, 2]
+    if parts.weights is None or not router.verified:
+        return router.note or "the captured weights and ids were not reproduced"
+    if parts.gate is None:
+        return "experts of groups that are not selected may be selected where others score below 0"
+    if router.score not in ("softmax", "sigmoid"):
+        return f"the score is {router.score!r}, not softmax or sigmoid"
+    if router.score == "sigmoid" and not router.renormalise:
+        return "sigmoid scores are not renormalised"
+    others = [name for name, value in _DEFAULTS.items() if getattr(router, name) != value]
+    if others:
+        return f"no op has this router's {', '.join(others)}"
+    if [len(shape(node)) for node in (parts.gate.logits, parts.weights, parts.ids)] != [2, 2, 2]:
+        return "logits, weights or ids have more than two dimensions"
+    return ""
+
+
+_TAKEN = (
+    "score",
+    "select_bias",
+    "num_groups",
+    "topk_group",
+    "renormalise",
+    "scale",
+    "softmax_after_topk",
+    "verified",
+)
+_DEFAULTS = {f.name: f.default for f in fields(Router) if f.name not in _TAKEN}
+"""Fields of a router that the op has nothing for."""
 
 
 def _fused(region: Region, module: GraphModule) -> Region:

@@ -62,8 +62,7 @@ def _lower(node: Node, lowering: Lowering, values: FakeValues) -> Lowered:
         try:
             result = lowering(emit, node)
         except Unmet as unmet:
-            for added in reversed(emit.added):
-                node.graph.erase_node(added)
+            emit.undo()
             return Lowered(name, (), node.name, source, str(unmet))
     _replace(node, result)
     return Lowered(name, tuple(_ops(emit.added)), node.name, source)

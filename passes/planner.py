@@ -18,6 +18,7 @@ region that the strategy asked for does not fit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 
 from moe_fx.compat import resolve_group
-from moe_fx.cost import Choice, Layer, choose, timeline
+from moe_fx.cost import PRICED, Choice, Layer, choose, timeline
 from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
@@ -36,6 +37,8 @@ from moe_fx.passes.strategies import Misfit, fitting_strategies, most_chunks
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.rates import measured
 from moe_fx.region import Declined, Region
+
+log = logging.getLogger("moe_fx")
 
 CHUNKS = (1, 2, 4, 8, 16)
 
@@ -80,7 +83,7 @@ def plan_exchange(
         )
     strategies = fitting_strategies(region, context, world)
     predicted = None
-    if context.options.overlap == "auto" and context.measures and strategies != ["mc2"]:
+    if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)
     else:
         choice = asked(strategies[0], experts // world, context.options)
@@ -114,8 +117,16 @@ def planned(
 def asked(strategy: str, local_experts: int, options: Options) -> Choice:
     """Where nothing is measured."""
     chunks = options.overlap if isinstance(options.overlap, int) else 1
-    chunks = min(chunks, most_chunks(strategy, options))
-    return _cut(strategy, local_experts, chunks, options)
+    most = most_chunks(strategy, options)
+    if chunks > most:
+        log.warning(
+            "overlap=%d: strategy=%r is planned in %d chunks at most for base=%r",
+            chunks,
+            strategy,
+            most,
+            options.base,
+        )
+    return _cut(strategy, local_experts, min(chunks, most), options)
 
 
 def candidates(strategies: Sequence[str], local_experts: int, options: Options) -> list[Choice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from moe_fx.ascend.mc2 import limits
 from moe_fx.compat import upper_bound
 from moe_fx.options import Options
@@ -11,6 +13,8 @@ from moe_fx.passes.cost_layer import device_of
 from moe_fx.passes.roles import shape
 from moe_fx.plan import EVEN
 from moe_fx.region import Region
+
+log = logging.getLogger("moe_fx")
 
 
 class Misfit(Exception):
@@ -32,9 +36,11 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
         return [options.strategy]
     wanted = ["alltoall"]
     if options.even_tokens:
-        on_npu = device_of(region).type == "npu"
-        if on_npu and not _misfit(region, "mc2", context, world_size):
-            return ["mc2"]
+        if device_of(region).type == "npu":
+            reason = _misfit(region, "mc2", context, world_size)
+            if not reason:
+                return ["mc2"]
+            log.info("no MC2 for the layer at %s: %s", region.source, reason)
         wanted.append("allgather")
     return [each for each in wanted if not _misfit(region, each, context, world_size)]
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from moe_fx.ascend import npu
 from moe_fx.ascend.device_pass import DevicePass
 from moe_fx.ascend.ge import GePass, compile_ge
-from moe_fx.ascend.happens_before import races, unkept
+from moe_fx.ascend.happens_before import races
 from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
 from moe_fx.ascend.streams import LABEL, StreamOps, use_streams
 from moe_fx.compat import aot_eager_compiler
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.lower import lower
-from moe_fx.passes.overlap import overlap
+from moe_fx.region import Lowered
 from moe_fx.report import Report
 
 log = logging.getLogger("moe_fx")
@@ -43,7 +43,7 @@ def lowers(options: Options, inputs: Sequence[Any]) -> bool:
 def compile_lowered(
     module: GraphModule, inputs: Sequence[Any], options: Options, report: Report
 ) -> Callable[..., Any]:
-    """``module``, which has dialect ops, compiled by ``options.base``.
+    """``module`` compiled by ``options.base``; a graph without dialect ops as it is.
 
     Raises `ConfigurationError` for a base that no lowering is for.
     """
@@ -52,6 +52,8 @@ def compile_lowered(
         return _npugraph_ex(module, inputs, own, options, report)
     if options.base == "torchair":
         return compile_ge(module, inputs, own, options)
+    if options.base_options:
+        raise ConfigurationError(f"base_options: base={options.base!r} takes none")
     return aot_eager_compiler(own)(module, list(inputs))
 
 
@@ -69,26 +71,21 @@ def device_pass(options: Options, report: Report) -> DevicePass:
 
 
 class EagerPass(DevicePass):
-    """Orders and lowers one graph in place; exchanges stay asynchronous, as torch.distributed has
-    them."""
+    """Exchanges stay asynchronous, as torch.distributed has them."""
 
-    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        graph = module.graph
-        if self.options.overlap != "off":
-            overlap(graph, self.options.overlap_memory)
-        self.report.lowered += lower(graph, LOWERINGS, {is_swiglu: swiglu})
-        module.recompile()
+    def _lower(self, graph: Graph) -> list[Lowered]:
+        return lower(graph, LOWERINGS, {is_swiglu: swiglu})
 
 
-class NpuGraphPass(EagerPass):
-    """As `EagerPass`, for npugraph_ex's ``post_grad_custom_pre_pass``: exchanges run on a stream of
-    their own. Raises `RuntimeError` if that left an edge between streams unordered."""
+class NpuGraphPass(DevicePass):
+    """For npugraph_ex's ``post_grad_custom_pre_pass``: exchanges run on a stream of their own.
+    Raises `RuntimeError` if that left an edge between streams unordered."""
 
-    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        super().__call__(module)
-        self.report.lowered += use_streams(module.graph, stream_ops(self.options))
-        check_order(module)
-        module.recompile()
+    def _lower(self, graph: Graph) -> list[Lowered]:
+        done = lower(graph, LOWERINGS, {is_swiglu: swiglu})
+        done += use_streams(graph, stream_ops(self.options))
+        check_order(graph)
+        return done
 
 
 def stream_ops(options: Options) -> StreamOps:
@@ -102,9 +99,9 @@ def stream_ops(options: Options) -> StreamOps:
     )
 
 
-def check_order(module: GraphModule) -> None:
+def check_order(graph: Graph) -> None:
     """Of our stream; a user's own streams are the user's."""
-    found = [race for race in (*races(module.graph), *unkept(module.graph)) if race.concerns(LABEL)]
+    found = [race for race in races(graph) if LABEL in (race.writer_stream, race.reader_stream)]
     if found:
         raise RuntimeError(
             "moe_fx: the graph for the NPU has unordered edges between streams; this is a bug, "

@@ -65,9 +65,7 @@ def _differ(one: Any, other: Any) -> bool:
     return _known(one) is not None and _known(other) is not None and one != other
 
 
-def _token_permute(
-    tokens: Tensor, indices: Tensor, num_out_tokens: Any = None, padded_mode: bool = False
-) -> Iterator[str]:
+def _token_permute(tokens: Tensor, indices: Tensor, num_out_tokens: Any = None) -> Iterator[str]:
     yield from _is(tokens, 2, _FLOATS, "tokens")
     yield from _is(indices, 2, (torch.int32, torch.int64), "indices")
     yield from _at_most(indices.numel(), _MOST_PAIRS, "the number of pairs")
@@ -76,16 +74,12 @@ def _token_permute(
         yield f"{tokens.shape[0]} tokens, but ids of {indices.shape[0]}"
     if num_out_tokens is not None and not isinstance(num_out_tokens, int):
         yield "num_out_tokens must be known when the graph is compiled"
-    if padded_mode:
-        yield "padded_mode is not supported"
 
 
 def _token_unpermute(
     permuted_tokens: Tensor,
     sorted_indices: Tensor,
     probs: Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: Any = None,
 ) -> Iterator[str]:
     yield from _is(permuted_tokens, 2, _FLOATS, "permuted_tokens")
     yield from _is(sorted_indices, 1, (torch.int32,), "sorted_indices")
@@ -94,8 +88,6 @@ def _token_unpermute(
         yield from _at_most(probs.shape[-1], 512, "top_k")
         if _differ(probs.numel(), sorted_indices.numel()):
             yield f"{probs.numel()} weights for {sorted_indices.numel()} pairs"
-    if padded_mode:
-        yield "padded_mode is not supported"
 
 
 def _token_permute_grad(
@@ -104,7 +96,6 @@ def _token_permute_grad(
     tokens_size_0: Any,
     tokens_dtype: torch.dtype,
     num_topk: Any,
-    padded_mode: bool = False,
 ) -> Iterator[str]:
     yield from _is(grad, 2, _FLOATS, "grad_permuted_tokens")
     yield from _is(sorted_indices, 1, (torch.int32,), "sorted_indices")
@@ -118,10 +109,8 @@ def _token_unpermute_grad(
     grad: Tensor,
     sorted_indices: Tensor,
     probs: Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: Any = None,
 ) -> Iterator[str]:
-    yield from _token_unpermute(permuted_tokens, sorted_indices, probs, padded_mode)
+    yield from _token_unpermute(permuted_tokens, sorted_indices, probs)
     yield from _is(grad, 2, (permuted_tokens.dtype,), "grad_unpermuted_tokens")
 
 
@@ -189,7 +178,6 @@ def _gating_top_k(
     group_select_mode: int = 0,
     renorm: int = 0,
     norm_type: int = 0,
-    out_flag: bool = False,
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> Iterator[str]:
@@ -228,22 +216,16 @@ def _init_routing(
     *,
     active_num: int,
     expert_num: int,
-    drop_pad_mode: int = 0,
     expert_tokens_num_type: int,
     expert_tokens_num_flag: bool,
-    quant_mode: int = -1,
     active_expert_range: Sequence[int],
     row_idx_type: int,
 ) -> Iterator[str]:
     yield from _is(x, 2, (*_FLOATS, torch.int8), "x")
     yield from _is(expert_idx, 2, (torch.int32,), "expert_idx")
     yield from _at_most(expert_num, _MOST_ROUTED_EXPERTS, "the number of experts")
-    if drop_pad_mode != 0:
-        yield "drop_pad_mode must be 0"
     if expert_tokens_num_type not in (1, 2) or not expert_tokens_num_flag:
         yield "expert_tokens_num_type must be 1 or 2, expert_tokens_num_flag True"
-    if quant_mode not in (-1, 1):
-        yield "quant_mode must be -1 or 1"
     first, end = active_expert_range
     if not 0 <= first < end <= expert_num:
         yield f"experts {first} to {end} of {expert_num}"
@@ -270,28 +252,6 @@ def _finalize_routing(
         yield "rows of npu_moe_init_routing_v2 need drop_pad_mode=2"
 
 
-def _dynamic_quant(rows: Tensor) -> Iterator[str]:
-    if rows.dtype not in _HALVES:
-        yield f"input is {rows.dtype}, expected float16 or bfloat16"
-    if rows.dim() < 2:
-        yield f"input has {rows.dim()} dimensions, expected 2 or more"
-
-
-def _distribute(
-    x: Tensor, ids: Tensor, group_ep: str, world: int, rank: int, experts: int
-) -> Iterator[str]:
-    yield from _is(x, 2, _HALVES, "x")
-    yield from _is(ids, 2, (torch.int32,), "expert_ids")
-    if not 1 <= len(group_ep) < 128:
-        yield f"the group's name has {len(group_ep)} characters, expected 1 to 127"
-    if experts % world:
-        yield f"{experts} experts do not divide by {world} ranks"
-    if not 0 <= rank < world:
-        yield f"rank {rank} of {world}"
-    if _differ(x.shape[0], ids.shape[0]):
-        yield f"{x.shape[0]} tokens, but ids of {ids.shape[0]}"
-
-
 def _distribute_dispatch(
     x: Tensor,
     expert_ids: Tensor,
@@ -299,12 +259,15 @@ def _distribute_dispatch(
     ep_world_size: int,
     ep_rank_id: int,
     moe_expert_num: int,
-    *,
-    expert_token_nums_type: int = 1,
 ) -> Iterator[str]:
-    yield from _distribute(x, expert_ids, group_ep, ep_world_size, ep_rank_id, moe_expert_num)
-    if expert_token_nums_type not in (0, 1):
-        yield "expert_token_nums_type must be 0 or 1"
+    yield from _is(x, 2, _HALVES, "x")
+    yield from _is(expert_ids, 2, (torch.int32,), "expert_ids")
+    if not 1 <= len(group_ep) < 128:
+        yield f"the group's name has {len(group_ep)} characters, expected 1 to 127"
+    if moe_expert_num % ep_world_size:
+        yield f"{moe_expert_num} experts do not divide by {ep_world_size} ranks"
+    if _differ(x.shape[0], expert_ids.shape[0]):
+        yield f"{x.shape[0]} tokens, but ids of {expert_ids.shape[0]}"
 
 
 def _distribute_combine(
@@ -338,7 +301,6 @@ _RULES: dict[str, Rule] = {
     "npu_moe_gating_top_k_softmax": _gating_top_k_softmax,
     "npu_moe_init_routing_v2": _init_routing,
     "npu_moe_finalize_routing": _finalize_routing,
-    "npu_dynamic_quant": _dynamic_quant,
     "npu_moe_distribute_dispatch_v2": _distribute_dispatch,
     "npu_moe_distribute_combine_v2": _distribute_combine,
 }

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
-import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
-from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
+from moe_fx.order import beside
+from moe_fx.passes.overlap import overlap
+from moe_fx.region import Lowered
 from moe_fx.report import Report
-from moe_fx.sources import SOURCES
 
-HOOK = "post_grad_custom_pre_pass"
+_HOOK = "post_grad_custom_pre_pass"
+
+
+def is_dialect(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "moe_fx"
 
 
 class DevicePass(ABC):
-    """report: gets what was lowered."""
+    """Orders one graph and lowers it, in place; leaves one without dialect ops as it came. report:
+    gets what was lowered."""
 
     def __init__(self, options: Options, report: Report) -> None:
         self.options, self.report = options, report
 
-    @abstractmethod
+    @final
     def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        """Changes ``module`` in place."""
+        if not any(is_dialect(node) for node in module.graph.nodes):
+            return
+        if self.options.overlap != "off":
+            overlap(module.graph, self.options.overlap_memory)
+        self.report.lowered += self._lower(module.graph)
+        module.recompile()
+
+    @abstractmethod
+    def _lower(self, graph: Graph) -> list[Lowered]: ...
 
     def among(self, base_options: Mapping[str, Any]) -> dict[str, Any]:
         """The compiler's options with this pass in its hook. Raises `ConfigurationError` if the
         hook is taken."""
-        if HOOK in base_options:
-            raise ConfigurationError(
-                f"base_options: {HOOK!r} is where moe_fx's own pass goes. Use "
-                "'post_grad_custom_post_pass', or compile with the compiler itself and call "
-                "moe_fx.MoEPass from your hook."
-            )
-        return {**base_options, HOOK: self}
-
-    def uuid(self) -> str:
-        """Key of what this does to a graph, for compile caches."""
-        described = self.options.model_dump(exclude={"ep_group", "on_report"})
-        return f"{type(self).__qualname__} {SOURCES} {torch.__version__} {described}"
+        return beside(base_options, {_HOOK: self})

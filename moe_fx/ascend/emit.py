@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,12 @@ class Emit:
         node.meta.update({k: v for k, v in self.like.meta.items() if k == "stack_trace"})
         self.values.compute(node)
         return node
+
+    def undo(self, since: int = 0) -> None:
+        """Take back what was added, but for the first ``since`` nodes."""
+        for node in reversed(self.added[since:]):
+            self.graph.erase_node(node)
+        del self.added[since:]
 
     def inline(self, function: Callable[..., Any], *tensors: Node) -> Any:
         """The ATen calls that ``function`` makes of ``tensors``; the node(s) of its result."""
@@ -81,10 +88,8 @@ class Emit:
         sizes = value_of(node).shape
         if len(sizes) == 2:
             return node
-        width = 1
-        for size in sizes[1:]:
-            width = width * size
-        return self(torch.ops.aten.reshape.default, node, [self.size(node, 0), width])
+        rows, width = self.size(node, 0), math.prod(sizes[1:])
+        return self(torch.ops.aten.reshape.default, node, [rows, width])
 
 
 def value_of(node: Any) -> Any:

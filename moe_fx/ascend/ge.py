@@ -7,6 +7,7 @@ sizes as tensors of the graph (HcomAllToAllV): the host need not know them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,41 +15,32 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.ascend import npu
-from moe_fx.ascend.device_pass import DevicePass
+from moe_fx.ascend.device_pass import DevicePass, is_dialect
 from moe_fx.ascend.ge_lowerings import GE_LOWERINGS, note_experts
 from moe_fx.ascend.lowerings import is_swiglu, swiglu
 from moe_fx.ascend.streams import StreamOps, use_streams
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.lower import lower
-from moe_fx.passes.overlap import overlap
 from moe_fx.region import Lowered, source_of
 
 ops = torch.ops.moe_fx
 
 
 class GePass(DevicePass):
-    """Orders and lowers one graph in place, for torchair's ``post_grad_custom_pre_pass``.
+    """For torchair's ``post_grad_custom_pre_pass``. Raises `ConfigurationError` if an op is left
+    that GE does not know."""
 
-    Raises `ConfigurationError` if an op is left that GE does not know.
-    """
-
-    def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+    def _lower(self, graph: Graph) -> list[Lowered]:
         register_converters()
-        graph = module.graph
-        if self.options.overlap != "off":
-            overlap(graph, self.options.overlap_memory)
         note_experts(graph)
         done = lower(graph, GE_LOWERINGS, {is_swiglu: swiglu})
         air = torch.ops.air
-        scopes = StreamOps(
-            air.scope_enter.default, air.scope_exit.default, None, self.options.exchange_cores
-        )
-        done += use_streams(graph, scopes)
+        enter, leave = air.scope_enter.default, air.scope_exit.default
+        done += use_streams(graph, StreamOps(enter, leave, None, self.options.exchange_cores))
         done += _drop_agreement(graph)
-        self.report.lowered += done
         _check_converters(graph, done)
-        module.recompile()
+        return done
 
 
 def _drop_agreement(graph: Graph) -> list[Lowered]:
@@ -73,7 +65,7 @@ def _check_converters(graph: Graph, done: Sequence[Lowered]) -> None:
 
 
 def _is_foreign(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "moe_fx" and node.target not in _CONVERTED
+    return is_dialect(node) and node.target not in _CONVERTED
 
 
 _CONVERTED = (ops.exchange.default,)
@@ -90,9 +82,8 @@ def register_converters() -> None:
         rows: Any, send_counts: Any, recv_counts: Any, group: str, meta_outputs: Any = None
     ) -> Any:
         """moe_fx::exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group)"""
-        width = 1
-        for size in rows.symsize[1:]:
-            width *= int(size)
+        features = [int(size) for size in rows.symsize[1:]]
+        width = math.prod(features)
         counts = [
             ge.Mul(ge.Cast(each, dst_type=tensor_type), ge.Const(width, dtype=tensor_type))
             for each in (send_counts, recv_counts)
@@ -107,19 +98,17 @@ def register_converters() -> None:
             group=npu.ge_group(group),
         )
         npu.keep_in_ge(arrived)
-        return ge.Reshape(arrived, ge.Const([-1, *(int(n) for n in rows.symsize[1:])]))
+        return ge.Reshape(arrived, ge.Const([-1, *features]))
 
 
 def compile_ge(
     module: GraphModule, inputs: Sequence[Any], own: DevicePass, options: Options
 ) -> Callable[..., Any]:
     """``module`` compiled by torchair."""
-    torchair = npu.torchair()
-    config = torchair.CompilerConfig()
+    config = npu.torchair().CompilerConfig()
     for name, value in own.among(options.base_options).items():
         _set(config, name, value)
-    compiler: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)
-    compiled: Callable[..., Any] = compiler(module, list(inputs))
+    compiled: Callable[..., Any] = npu.torchair_compiler(config)(module, list(inputs))
     return compiled
 
 

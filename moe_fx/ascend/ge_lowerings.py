@@ -148,13 +148,11 @@ def unpermute(emit: Emit, node: Node) -> Lowered:
 
 def gating(emit: Emit, node: Node) -> Lowered:
     """In ATen calls where no op of the device takes it: GE has no converter for the dialect's."""
-    before = list(emit.added)
+    before = len(emit.added)
     try:
         return gating_top_k(emit, node)
     except Unmet:
-        for added in reversed(emit.added[len(before) :]):
-            node.graph.erase_node(added)
-        del emit.added[len(before) :]
+        emit.undo(before)
     logits, k, score, bias, groups, of_groups, group_score, eps, scale = arguments(node)
     sigmoid = score == "sigmoid"
     tensors = [logits] if bias is None else [logits, bias]

@@ -4,10 +4,14 @@ The graph is the order in which the host issues. Each stream runs its own ops in
 of another stream is behind it only through an event: *record* on the one, then *wait* on the other.
 So every node has a clock, of how far each stream has come when it runs (a vector clock), and a node
 must be behind every value that it reads, and behind every reader of a buffer that it writes to.
+
+A buffer is free for the stream that allocated it when the host has issued the last node that takes
+it: the next op there must be behind all uses elsewhere.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +20,7 @@ from torch.fx import Graph, Node
 MAIN = ""
 
 _ENTER, _EXIT = "scope_enter", "scope_exit"
-_RECORD, _WAIT, _KEEP = "tagged_event_record", "tagged_event_wait", "record_tagged_stream"
+_RECORD, _WAIT = "tagged_event_record", "tagged_event_wait"
 
 Clock = dict[str, int]
 
@@ -24,7 +28,7 @@ Clock = dict[str, int]
 @dataclass(frozen=True)
 class Race:
     """``reader``, on one stream, may run before ``writer`` on another has. what: it "reads" or
-    "overwrites" what ``writer`` is, or its buffer is given to others ("frees") while that uses
+    "overwrites" what ``writer`` is; or "frees": its buffer is given to others while that uses
     it."""
 
     writer: str
@@ -32,9 +36,6 @@ class Race:
     reader: str
     reader_stream: str
     what: str = "reads"
-
-    def concerns(self, stream: str) -> bool:
-        return stream in (self.writer_stream, self.reader_stream)
 
     def __str__(self) -> str:
         here, there = self.reader_stream or "main", self.writer_stream or "main"
@@ -55,6 +56,10 @@ def races(graph: Graph) -> list[Race]:
 
 
 class _Walk:
+    """made: each value's stream and time there. used: of each buffer, when each stream last took
+    it, and which node. issued: when the host last did. ops: (when issued, clock) of each stream's
+    own."""
+
     def __init__(self) -> None:
         self.streams = [MAIN]
         self.labels: list[bool] = []
@@ -62,42 +67,42 @@ class _Walk:
         self.made: dict[Node, tuple[str, int]] = {}
         self.recorded: dict[str, Clock] = {}
         self.used: dict[Node, dict[str, tuple[int, Node]]] = {}
-        self.kept: set[tuple[Node, str]] = set()
+        self.issued: dict[Node, int] = {}
+        self.ops: dict[str, list[tuple[int, Clock]]] = {}
         self.found: list[Race] = []
 
     def run(self, nodes: Iterable[Node]) -> list[Race]:
-        for node in nodes:
+        for at, node in enumerate(nodes):
             if node.op == "call_function":
-                self._step(node)
+                self._step(node, at)
             elif node.op == "output":
-                self._read(node, MAIN)
+                self._read(node, MAIN, at)
             else:
                 self.made[node] = (MAIN, 0)
+        for buffer in self.used:
+            if buffer.op == "call_function":
+                self._free(buffer)
         return self.found
 
-    def _step(self, node: Node) -> None:
+    def _step(self, node: Node, at: int) -> None:
         kind = _kind(node)
         stream = self.streams[-1]
+        clock = self._clock(stream)
         if kind == _ENTER:
             self._enter(node)
         elif kind == _EXIT:
             if self.labels.pop():
                 self.streams.pop()
         elif kind == _RECORD:
-            self.recorded[str(node.args[0])] = dict(self._clock(stream))
+            self.recorded[str(node.args[0])] = dict(clock)
         elif kind == _WAIT:
-            clock = self._clock(stream)
             for other, time in self.recorded.get(str(node.args[0]), {}).items():
                 clock[other] = max(clock.get(other, 0), time)
-        elif kind == _KEEP:
-            source, label = node.args[:2]
-            assert isinstance(source, Node)
-            self.kept.add((_root(source), str(label)))
         else:
-            clock = self._clock(stream)
             clock[stream] += 1
             self.made[node] = (stream, clock[stream])
-            self._read(node, stream)
+            self.ops.setdefault(stream, []).append((at, dict(clock)))
+            self._read(node, stream, at)
 
     def _enter(self, node: Node) -> None:
         keys, values = node.args[:2]
@@ -110,7 +115,7 @@ class _Walk:
     def _clock(self, stream: str) -> Clock:
         return self.now.setdefault(stream, {stream: 0})
 
-    def _read(self, node: Node, stream: str) -> None:
+    def _read(self, node: Node, stream: str, at: int) -> None:
         clock = self._clock(stream)
         writes = _written(node)
         for source in node.all_input_nodes:
@@ -119,44 +124,26 @@ class _Walk:
             other, time = self.made[source]
             if other != stream and clock.get(other, 0) < time:
                 self.found.append(Race(source.name, other, node.name, stream))
-            users = self.used.setdefault(_root(source), {})
+            buffer = _root(source)
+            users = self.used.setdefault(buffer, {})
             if source in writes:
-                for reader_stream, (when, reader) in users.items():
-                    if reader_stream != stream and clock.get(reader_stream, 0) < when:
-                        self.found.append(
-                            Race(reader.name, reader_stream, node.name, stream, "overwrites")
-                        )
+                self._overwrite(users, node, stream)
             users[stream] = (clock.get(stream, 0), node)
+            self.issued[buffer] = at
 
+    def _overwrite(self, users: dict[str, tuple[int, Node]], node: Node, stream: str) -> None:
+        for other, (when, reader) in users.items():
+            if other != stream and self._clock(stream).get(other, 0) < when:
+                self.found.append(Race(reader.name, other, node.name, stream, "overwrites"))
 
-def unkept(graph: Graph) -> list[Race]:
-    """Buffers that a stream uses which did not allocate them, and that their own stream may be
-    given again while it does.
-
-    A buffer is free for its own stream when the host has issued the last node that takes it. The
-    next op there must be behind all uses elsewhere, unless they were recorded with the allocator.
-    """
-    walk = _Walk()
-    last: dict[Node, int] = {}
-    nexts: list[tuple[int, str, Clock]] = []
-    for at, node in enumerate(graph.nodes):
-        walk.run([node])
-        for source in node.all_input_nodes:
-            last[_root(source)] = at
-        stream = walk.streams[-1]
-        if node in walk.made and node.op == "call_function":
-            nexts.append((at, stream, dict(walk._clock(stream))))
-    found = []
-    for buffer, users in walk.used.items():
-        if buffer.op != "call_function" or buffer not in walk.made:
-            continue
-        owner, _ = walk.made[buffer]
-        after = next((c for at, s, c in nexts if s == owner and at > last[buffer]), None)
-        for stream, (when, reader) in users.items():
-            safe = stream == owner or after is None or after.get(stream, 0) >= when
-            if not safe and (buffer, stream) not in walk.kept:
-                found.append(Race(reader.name, stream, buffer.name, owner, "frees"))
-    return found
+    def _free(self, buffer: Node) -> None:
+        owner, _ = self.made[buffer]
+        own = self.ops.get(owner, [])
+        behind = bisect_right(own, self.issued[buffer], key=lambda op: op[0])
+        later = own[behind][1] if behind < len(own) else None
+        for stream, (when, user) in self.used[buffer].items():
+            if stream != owner and later is not None and later.get(stream, 0) < when:
+                self.found.append(Race(user.name, stream, buffer.name, owner, "frees"))
 
 
 def _kind(node: Node) -> str:

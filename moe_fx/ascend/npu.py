@@ -49,21 +49,23 @@ def all_to_all_op() -> Callable[..., Any]:
 
 
 def npugraph_ex() -> Any:
-    """The module, whose ops it registers. Loads torchair first, which could not be loaded later."""
+    """The module, with the ops that it registers."""
     require_torch_npu("npugraph_ex")
     import torch_npu  # noqa: F401
-
-    if not hasattr(torch.ops.npu_define, "all_to_all_single_npu"):
-        torchair()
     import npugraph_ex as module  # isort: skip
     import npugraph_ex.ops._tagged_event  # isort: skip
 
     return module
 
 
+_ONE_OF_BOTH = (
+    "torchair can't be used in a process that has used npugraph_ex (torch_npu 2.13). Use one of them "
+    "in a process, or torchair first"
+)
+
+
 def torchair() -> Any:
-    """The module, with its converters. Raises `ConfigurationError` if npugraph_ex was loaded
-    before: then torch_npu 2.13 can't load them any more."""
+    """The module, with its converters. Raises `ConfigurationError` if npugraph_ex was before."""
     require_torch_npu("torchair")
     import torch_npu  # noqa: F401
     import torchair as module  # isort: skip
@@ -72,11 +74,17 @@ def torchair() -> Any:
         import torchair._ge_concrete_graph.ge_converter.experimental.hcom_allgather
         import torchair._ge_concrete_graph.ge_converter.experimental.hcom_alltoall
     except ImportError as error:
-        raise ConfigurationError(
-            "torchair's converters of collectives can't be loaded once npugraph_ex has been: "
-            f"import torchair before you use npugraph_ex in this process ({error})"
-        ) from error
+        raise ConfigurationError(f"{_ONE_OF_BOTH}: {error}") from error
     return module
+
+
+def torchair_compiler(config: Any) -> Callable[..., Any]:
+    """The torch.compile backend. Raises `ConfigurationError` if npugraph_ex was before."""
+    try:
+        compiler: Callable[..., Any] = torchair().get_npu_backend(compiler_config=config)
+    except RuntimeError as error:  # both register the same decompositions
+        raise ConfigurationError(f"{_ONE_OF_BOTH}: {error}") from error
+    return compiler
 
 
 def create_event(tag: str) -> None:

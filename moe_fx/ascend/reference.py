@@ -189,12 +189,6 @@ def finalize_routing(
     return picked.sum(1).to(rows.dtype)
 
 
-def dynamic_quant(rows: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-    scale = rows.float().abs().amax(-1) / 127
-    whole = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-    return (rows.float() / whole).round().to(torch.int8), scale
-
-
 def all_to_all_single(
     numbers: Tensor,
     send_counts: Sequence[int],
@@ -274,7 +268,6 @@ _KERNELS: dict[str, dict[str, Any]] = {
         "npu_moe_gating_top_k": gating_top_k,
         "npu_moe_init_routing_v2": init_routing_v2,
         "npu_moe_finalize_routing": finalize_routing,
-        "npu_dynamic_quant": dynamic_quant,
         "npu_moe_distribute_dispatch_v2": distribute_dispatch,
         "npu_moe_distribute_combine_v2": distribute_combine,
     },

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.ascend import npu, reference
 from moe_fx.ascend.compile import NpuGraphPass
 from moe_fx.ascend.device_pass import DevicePass
 from moe_fx.ascend.ge import GePass
+from moe_fx.ascend.happens_before import races
 from moe_fx.report import Report
 from tests.dispatcher.test_captured import layer, tokens
 from tests.models import build, token_ids
@@ -73,25 +74,15 @@ def compared(
 ) -> Compared:
     """Eager on CPU against compiled, lowered for ``target`` and run by reference kernels; after the
     first of ``counts[rank]`` the number of tokens is dynamic."""
-    _prepare()
+    prepare()
     torch.set_grad_enabled(gradients)
     dynamic = len(counts[rank]) > 1
     module, inputs = case(kind, dtype, dynamic, **(fields or {}))
     reports: list[Report] = []
     found = Compared([], {}, [], [], [], 0)
     graphs: list[GraphModule] = []
-    compiled = torch.compile(
-        module,
-        backend="moe_fx",
-        fullgraph=True,
-        options={
-            "base": "aot_eager",
-            "lower": "npu",
-            "ep_group": None if kind == "dispatcher" else dist.group.WORLD,
-            "on_report": reports.append,
-            **options,
-        },
-    )
+    settings = {"base": "aot_eager", "lower": "npu", **options}
+    compiled = _compiled(module, kind, dist.group.WORLD, reports, settings)
     with _lowered_for(target, graphs):
         for count in counts[rank]:
             given = inputs(rank, count)
@@ -115,7 +106,7 @@ def _mark_dynamic(kind: str, given: dict[str, Any]) -> None:
     torch._dynamo.mark_dynamic(leaf, dim)
 
 
-def _prepare() -> None:
+def prepare() -> None:
     npu.torchair()
     npu.npugraph_ex()
     reference.register()
@@ -178,6 +169,7 @@ class Launched:
     plans: list[Any]
     declined: list[str]
     races: list[str]
+    unnoticed: list[str]
     nodes: list[str]
     unbacked: list[str]
     replayed: bool
@@ -187,46 +179,75 @@ def launched(
     rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
 ) -> Launched:
     """Compile, capture and replay on ``npu:0`` with npugraph_ex."""
-    from moe_fx.ascend.happens_before import races, unkept
-
-    _prepare()
-    torch.set_grad_enabled(False)
-    group = dist.new_group(backend="hccl")
-    module, inputs = case(kind, torch.bfloat16, dynamic, group, **fields)
-    module = module.npu()
-    given = {k: _moved(v) for k, v in inputs(rank, count).items()}
-    if dynamic:
-        _mark_dynamic(kind, given)
-    reports: list[Report] = []
-    compiled = torch.compile(
-        module,
-        backend="moe_fx",
-        fullgraph=True,
-        options={
-            "base": "npugraph_ex",
-            "ep_group": None if kind == "dispatcher" else group,
-            "on_report": reports.append,
-            # npugraph_ex's own in-place pass breaks transformers' masks: x[1:] - x[:-1].
-            "base_options": {"inplace_pass": False},
-            **options,
-        },
-    )
-    with _final_graphs() as finals, _launches() as lines, _garbage(options):
+    # npugraph_ex's own in-place pass breaks transformers' masks: x[1:] - x[:-1].
+    settings = {"base": "npugraph_ex", "base_options": {"inplace_pass": False}, **options}
+    compiled, given, reports = _on_device(rank, kind, count, dynamic, dynamic, settings, fields)
+    with final_graphs() as finals, _launches() as lines, _garbage(options):
         compiled(**given)
     with _launches() as again, _garbage(options):
         compiled(**given)
     report = reports[0]
-    found = [str(race) for graph in finals for race in (*races(graph), *unkept(graph))]
+    nodes = [node for graph in finals for node in graph.nodes]
     return Launched(
         _parsed(lines),
         [(each.op, each.to, each.kept) for each in report.lowered],
         report.plans,
         [declined.reason for declined in report.declined],
-        found,
-        [str(node.target) for graph in finals for node in graph.nodes],
-        [node.name for graph in finals for node in graph.nodes if "unbacked_bindings" in node.meta],
+        [str(race) for graph in finals for race in races(graph)],
+        [missed for graph in finals for missed in _unnoticed(graph)],
+        [str(node.target) for node in nodes],
+        [node.name for node in nodes if "unbacked_bindings" in node.meta],
         any("aclmdlRIExecuteAsync" in line for line in again),
     )
+
+
+def _on_device(
+    rank: int,
+    kind: str,
+    count: int,
+    dynamic: bool,
+    plain_attention: bool,
+    options: dict[str, Any],
+    fields: dict[str, Any],
+) -> tuple[Callable[..., Any], dict[str, Any], list[Report]]:
+    """(the compiled module, what to call it with, where its reports go) on ``npu:0``, in a group of
+    HCCL."""
+    prepare()
+    torch.set_grad_enabled(False)
+    group = dist.new_group(backend="hccl")
+    module, inputs = case(kind, torch.bfloat16, plain_attention, group, **fields)
+    given = {k: moved(v) for k, v in inputs(rank, count).items()}
+    if dynamic:
+        _mark_dynamic(kind, given)
+    reports: list[Report] = []
+    return _compiled(module.npu(), kind, group, reports, options), given, reports
+
+
+def _compiled(
+    module: nn.Module, kind: str, group: Any, reports: list[Report], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """The dispatcher brings its group itself."""
+    own = {"ep_group": None if kind == "dispatcher" else group, "on_report": reports.append}
+    return torch.compile(module, backend="moe_fx", fullgraph=True, options={**own, **options})
+
+
+def _unnoticed(graph: Graph) -> list[str]:
+    """Joins of the main stream with an exchange that could be taken out without a race found."""
+    found = []
+    for node in list(graph.nodes):
+        if _is_join(node):
+            place, args = node.next, node.args
+            graph.erase_node(node)
+            if not races(graph):
+                found.append(str(args[0]))
+            with graph.inserting_before(place):
+                graph.call_function(torch.ops.npugraph_ex.tagged_event_wait.default, args)
+    return found
+
+
+def _is_join(node: Node) -> bool:
+    waits = node.target is torch.ops.npugraph_ex.tagged_event_wait.default
+    return waits and str(node.args[0]).startswith("moe_fx") and "arrived" in str(node.args[0])
 
 
 def _garbage(options: dict[str, Any]) -> AbstractContextManager[object]:
@@ -234,12 +255,12 @@ def _garbage(options: dict[str, Any]) -> AbstractContextManager[object]:
     return suppress(RuntimeError) if options["strategy"] == "alltoall" else nullcontext()
 
 
-def _moved(value: Any) -> Any:
+def moved(value: Any) -> Any:
     return value.npu() if isinstance(value, Tensor) else value
 
 
 @contextmanager
-def _final_graphs() -> Iterator[list[Any]]:
+def final_graphs() -> Iterator[list[Any]]:
     """The graphs that npugraph_ex makes code of, after all of its passes."""
     from npugraph_ex._acl_concrete_graph import fx2acl_converter
 
@@ -290,9 +311,9 @@ def _parsed(lines: Sequence[str]) -> list[tuple[str, str, str]]:
 
 @dataclass
 class Converted:
-    """ops: (type, stream, name of the group) of each op of the GE graphs, in order."""
+    """ops: `ATTRIBUTES` of each op of the GE graphs, in order."""
 
-    ops: list[tuple[str, str, str]]
+    ops: list[tuple[str, ...]]
     plans: list[str]
     declined: list[str]
     error: str
@@ -302,49 +323,37 @@ def converted(
     rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
 ) -> Converted:
     """What torchair makes of a model; it can't be run without GE."""
-    from torchair import npu_fx_compiler
-
-    _prepare()
-    torch.set_grad_enabled(False)
-    group = dist.new_group(backend="hccl")
-    module, inputs = case(kind, torch.bfloat16, True, group, **fields)
-    module = module.npu()
-    given = {k: _moved(v) for k, v in inputs(rank, count).items()}
-    if dynamic:
-        _mark_dynamic(kind, given)
-    reports: list[Report] = []
+    settings = {"base": "torchair", **options}
+    compiled, given, reports = _on_device(rank, kind, count, dynamic, True, settings, fields)
     error = ""
-    with _ge_graphs(npu_fx_compiler) as graphs:
-        compiled = torch.compile(
-            module,
-            backend="moe_fx",
-            fullgraph=True,
-            options={
-                "base": "torchair",
-                "ep_group": None if kind == "dispatcher" else group,
-                "on_report": reports.append,
-                **options,
-            },
-        )
+    with ge_graphs() as graphs:
         try:
             compiled(**given)
-        except Exception as failure:  # GE is not there to run the graph
+        except RuntimeError as failure:  # GE is not there to run the graph
             error = str(failure)
     return Converted(
-        [(op.type, _attribute(op, "_user_stream_label"), _attribute(op, "group")) for op in graphs],
+        [tuple(_attribute(op, name) for name in ATTRIBUTES) for op in graphs],
         [plan.summary for report in reports for plan in report.plans],
         [declined.reason for report in reports for declined in report.declined],
         error,
     )
 
 
+ATTRIBUTES = ("type", "_user_stream_label", "group", "_op_aicore_num", "_op_vectorcore_num")
+
+
 def _attribute(op: Any, name: str) -> str:
+    if name == "type":
+        return str(op.type)
     return op.attr[name].s.decode() if name in op.attr else ""
 
 
 @contextmanager
-def _ge_graphs(compiler: Any) -> Iterator[list[Any]]:
-    kind = compiler._NpuFxCompiler
+def ge_graphs() -> Iterator[list[Any]]:
+    """The ops of the GE graphs that torchair makes."""
+    from torchair import npu_fx_compiler
+
+    kind = npu_fx_compiler._NpuFxCompiler
     before = kind._gen_compiled_gm
     found: list[Any] = []
 

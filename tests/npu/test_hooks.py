@@ -15,22 +15,22 @@ from moe_fx.ascend.ge import compile_ge
 from moe_fx.errors import ConfigurationError
 from moe_fx.report import Report
 from moe_fx.testing import RankError, RankPool
-from tests.npu.ranks import _final_graphs, _ge_graphs, _moved, _prepare, case
+from tests.npu.ranks import case, final_graphs, ge_graphs, moved, prepare
 
 GATHERED = {"strategy": "allgather", "overlap": 2}
 
 
 def by_npugraph_ex(rank: int, options: dict[str, Any]) -> tuple[list[str], list[str], str]:
     """(ops of the graphs that run, ops lowered to, the pass's key)."""
-    _prepare()
+    prepare()
     torch.set_grad_enabled(False)
     group = dist.new_group(backend="hccl")
     own = moe_fx.MoEPass({"base": "npugraph_ex", "ep_group": group, **options})
     module, inputs = case("qwen3_moe", torch.bfloat16, False)
-    given = {k: _moved(v) for k, v in inputs(rank, 9).items()}
+    given = {k: moved(v) for k, v in inputs(rank, 9).items()}
     hooks = {"post_grad_custom_pre_pass": own, "inplace_pass": False}
     compiled = torch.compile(module.npu(), backend="npugraph_ex", options=hooks, fullgraph=True)
-    with _final_graphs() as finals:
+    with final_graphs() as finals:
         compiled(**given)
     nodes = [str(node.target) for graph in finals for node in graph.nodes]
     lowered = [op for report in own.reports for each in report.lowered for op in each.to]
@@ -53,19 +53,17 @@ def test_npugraph_ex_is_not_given_what_it_cannot_capture(ranks2: RankPool) -> No
 
 def by_torchair(rank: int, options: dict[str, Any]) -> tuple[list[str], list[str]]:
     torchair = npu.torchair()
-    from torchair import npu_fx_compiler
-
-    _prepare()
+    prepare()
     torch.set_grad_enabled(False)
     group = dist.new_group(backend="hccl")
     own = moe_fx.MoEPass({"base": "torchair", "ep_group": group, **options})
     config = torchair.CompilerConfig()
     config.post_grad_custom_pre_pass = own
     module, inputs = case("qwen3_moe", torch.bfloat16, True)
-    given = {k: _moved(v) for k, v in inputs(rank, 9).items()}
+    given = {k: moved(v) for k, v in inputs(rank, 9).items()}
     backend = torchair.get_npu_backend(compiler_config=config)
     compiled = torch.compile(module.npu(), backend=backend, fullgraph=True)
-    with _ge_graphs(npu_fx_compiler) as ops, pytest.raises(RuntimeError, match="compiled summary"):
+    with ge_graphs() as ops, pytest.raises(RuntimeError, match="compiled summary"):
         compiled(**given)
     return [op.type for op in ops], [
         op for report in own.reports for each in report.lowered for op in each.to
@@ -73,8 +71,8 @@ def by_torchair(rank: int, options: dict[str, Any]) -> tuple[list[str], list[str
 
 
 @pytest.mark.parametrize("options", [GATHERED, {"strategy": "alltoall"}])
-def test_torchair(ranks2: RankPool, options: dict[str, Any]) -> None:
-    for kinds, lowered in ranks2.run(by_torchair, options):
+def test_torchair(torchair_ranks: RankPool, options: dict[str, Any]) -> None:
+    for kinds, lowered in torchair_ranks.run(by_torchair, options):
         assert kinds.count("MoeInitRoutingV3") == len(
             [op for op in lowered if op == "npu.npu_moe_init_routing_v2"]
         )
@@ -90,11 +88,40 @@ def test_the_key_is_of_the_options(ranks2: RankPool) -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_hook_that_is_taken_and_an_option_that_is_none() -> None:
+def refused(rank: int) -> list[str]:
+    """What torchair is not given."""
     options = moe_fx.Options(base="torchair", base_options={"debug.no_such": 1})
     own = device_pass(options, Report())
-    with pytest.raises(ConfigurationError, match=r"has no 'debug\.no_such'"):
-        compile_ge(torch.fx.symbolic_trace(torch.nn.ReLU()), [], own, options)
-    taken = {"post_grad_custom_pre_pass": print}
-    with pytest.raises(ConfigurationError, match="is where moe_fx's own pass goes"):
-        own.among(taken)
+    module = torch.fx.symbolic_trace(torch.nn.ReLU())
+    said = []
+    for attempt in (
+        lambda: compile_ge(module, [], own, options),
+        lambda: own.among({"post_grad_custom_pre_pass": print}),
+    ):
+        try:
+            attempt()
+        except ConfigurationError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_hook_that_is_taken_and_an_option_that_is_none(torchair_ranks: RankPool) -> None:
+    for unknown, taken in torchair_ranks.run(refused):
+        assert "has no 'debug.no_such'" in unknown
+        assert "moe_fx sets post_grad_custom_pre_pass itself" in taken
+
+
+def one_after_the_other(rank: int) -> str:
+    prepare()
+    npu.npugraph_ex_compiler()(torch.fx.symbolic_trace(torch.nn.ReLU()), [torch.ones(1).npu()])
+    try:
+        npu.torchair_compiler(npu.torchair().CompilerConfig())
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_torchair_after_npugraph_ex_is_refused() -> None:
+    with RankPool(1) as pool:
+        (said,) = pool.run(one_after_the_other)
+    assert "torchair can't be used in a process that has used npugraph_ex" in said

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from moe_fx.testing import RankPool
 from tests.npu.ranks import Launched, launched
@@ -29,6 +30,7 @@ def test_exchanges_run_on_their_stream_with_compute_between(
         assert result.declined == []
         assert result.replayed
         assert result.races == []
+        assert result.unnoticed == []
         assert all(plan.host_sync == "" for plan in result.plans)
         _check_streams(result)
 
@@ -121,6 +123,21 @@ def test_cores_are_limited_where_asked(ranks2: RankPool) -> None:
     for result in ranks2.run(launched, "qwen3_moe", 9, False, options):
         assert result.races == []
         assert result.replayed
+        assert [node for node in result.nodes if "limit" in node], result.nodes
+
+
+def test_auto_takes_mc2_where_it_fits(ranks2: RankPool) -> None:
+    options = {"strategy": "auto", "even_tokens": True, "overlap": 1}
+    fits = ranks2.run(partial(launched, hidden_size=1024), "qwen3_moe", 9, False, options)
+    narrow = ranks2.run(launched, "qwen3_moe", 9, False, {**options, "strategy": "allgather"})
+    assert {plan.strategy for result in fits for plan in result.plans} == {"mc2"}
+    assert {plan.strategy for result in narrow for plan in result.plans} == {"allgather"}
+
+
+def test_an_npu_has_no_assertion_of_its_own() -> None:
+    """If this fails, equal numbers of tokens can be checked there."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert not has("aten::_assert_async.msg", "PrivateUse1")
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

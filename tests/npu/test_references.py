@@ -75,7 +75,6 @@ CALLS: dict[str, list[Call]] = {
         ((ROWS, None, None, None, PROBS, MAP, None, 2, K), {}),
         ((ROWS, None, None, None, None, MAP, None, 2, K), {}),
     ],
-    "npu_dynamic_quant": [((ROWS.bfloat16(),), {})],
 }
 CASES = [(name, *call) for name, calls in CALLS.items() for call in calls]
 

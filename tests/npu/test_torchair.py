@@ -34,11 +34,16 @@ CASES: list[tuple[str, dict[str, Any], str, int]] = [
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("kind, fields, strategy, chunks", CASES)
 def test_the_graph_is_the_golden_one(
-    ranks2: RankPool, kind: str, fields: dict[str, Any], strategy: str, chunks: int, dynamic: bool
+    torchair_ranks: RankPool,
+    kind: str,
+    fields: dict[str, Any],
+    strategy: str,
+    chunks: int,
+    dynamic: bool,
 ) -> None:
     run = partial(converted, **fields)
     options = {"strategy": strategy, "overlap": chunks}
-    results = ranks2.run(run, kind, 9, dynamic, options)
+    results = torchair_ranks.run(run, kind, 9, dynamic, options)
     for result in results:
         assert result.declined == []
         assert WITHOUT_GE in result.error
@@ -60,24 +65,25 @@ def _compare(file: Path, text: str) -> None:
     assert text == file.read_text(encoding="utf-8")
 
 
-def test_exchanges_of_rows_are_labelled_and_in_the_group(ranks2: RankPool) -> None:
-    options = {"strategy": "allgather", "overlap": 2}
-    for result in ranks2.run(converted, "qwen3_moe", 9, False, options):
-        exchanges = [(stream, group) for kind, stream, group in result.ops if "Hcom" in kind]
+def test_exchanges_of_rows_are_labelled_and_in_the_group(torchair_ranks: RankPool) -> None:
+    options = {"strategy": "allgather", "overlap": 2, "exchange_cores": (4, 8)}
+    for result in torchair_ranks.run(converted, "qwen3_moe", 9, False, options):
+        exchanges = [op[1:] for op in result.ops if "Hcom" in op[0]]
         assert len(exchanges) == 2 * (2 + 2 + 2)  # ids and weights, tokens, results; two layers
-        assert {stream for stream, _ in exchanges} == {LABEL}
-        assert len({group for _, group in exchanges}) == 1 and exchanges[0][1]
+        ((label, group, *cores),) = set(exchanges)
+        assert label == LABEL and group
+        assert cores == ["4", "8"]
 
 
-def test_mc2_is_two_ops(ranks2: RankPool) -> None:
+def test_mc2_is_two_ops(torchair_ranks: RankPool) -> None:
     run = partial(converted, hidden_size=1024)
-    for result in ranks2.run(run, "qwen3_moe", 9, False, {"strategy": "mc2"}):
-        kinds = [kind for kind, _, _ in result.ops if "Distribute" in kind]
+    for result in torchair_ranks.run(run, "qwen3_moe", 9, False, {"strategy": "mc2"}):
+        kinds = [op[0] for op in result.ops if "Distribute" in op[0]]
         assert kinds == ["MoeDistributeDispatchV2", "MoeDistributeCombineV2"] * 2
 
 
-def test_what_ge_does_not_know_is_said(ranks2: RankPool) -> None:
+def test_what_ge_does_not_know_is_said(torchair_ranks: RankPool) -> None:
     options = {"strategy": "padded_alltoall"}
-    for result in ranks2.run(converted, "qwen3_moe", 9, False, options):
+    for result in torchair_ranks.run(converted, "qwen3_moe", 9, False, options):
         assert all("base='torchair' has no converters" in reason for reason in result.declined)
         assert len(result.declined) == 2
