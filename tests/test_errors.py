@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo import register_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 
 import moe_fx
 from moe_fx.backend import check_devices
@@ -95,3 +97,26 @@ def test_unsupported_torch_is_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0", "2.13.0+cpu"])
 def test_supported_torch_is_accepted(version: str) -> None:
     assert require_supported_torch(version) is None
+
+
+@pytest.mark.parametrize("name", ["post_grad_custom_pre_pass", "reorder_for_locality"])
+def test_an_option_of_the_base_compiler_that_moe_fx_sets_itself(
+    ranks2: RankPool, name: str
+) -> None:
+    options = {"base": "inductor", "base_options": {name: False}}
+    for message in ranks2.run(compile_error, 8, options):
+        assert f"moe_fx sets {name} itself" in message
+        assert "Leave them out" in message
+
+
+def test_a_base_compiler_gets_its_options() -> None:
+    seen: list[dict[str, Any]] = []
+
+    @register_backend(name="noting")
+    def noting(module: GraphModule, inputs: list[Any], **given: Any) -> Any:
+        seen.append(given)
+        return module.forward
+
+    options = {"base": "noting", "base_options": {"level": 3}}
+    torch.compile(torch.nn.Linear(4, 4), backend="moe_fx", options=options)(torch.ones(1, 4))
+    assert seen == [{"options": {"level": 3}}]

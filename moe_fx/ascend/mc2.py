@@ -51,7 +51,7 @@ def limits(
     if tokens is None:
         return (
             f"MC2 takes at most {most.tokens} tokens a rank on {generation}, and nothing bounds "
-            "them here: torch._dynamo.mark_dynamic(x, 0, max=...) would"
+            "them here: torch._dynamo.mark_dynamic(x, 0, min=2, max=...) would"
         )
     least, largest, multiple = most.hidden
     if tokens > most.tokens:

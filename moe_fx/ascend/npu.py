@@ -59,8 +59,8 @@ def npugraph_ex() -> Any:
 
 
 _ONE_OF_BOTH = (
-    "torchair can't be used in a process that has used npugraph_ex (torch_npu 2.13). Use one of them "
-    "in a process, or torchair first"
+    "torchair can't be used in a process that has used npugraph_ex (torch_npu 2.13). Use one of "
+    "them in a process, or torchair first"
 )
 
 

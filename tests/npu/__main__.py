@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     except Unavailable as reason:
         print(f"SKIPPED: the NPU suite did not run: {reason}", file=sys.stderr)
         return 0
-    command = [str(found.python), "-m", "pytest", str(_FOLDER), *arguments]
+    # By file, so that few ranks are started.
+    command = [str(found.python), "-m", "pytest", "--dist", "loadfile", str(_FOLDER), *arguments]
     return subprocess.run(command, env=found.variables(), cwd=_FOLDER.parents[1]).returncode
 
 

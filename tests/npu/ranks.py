@@ -235,7 +235,7 @@ def _unnoticed(graph: Graph) -> list[str]:
     """Joins of the main stream with an exchange that could be taken out without a race found."""
     found = []
     for node in list(graph.nodes):
-        if _is_join(node):
+        if _is_join(node) and not _joined_again(node):
             place, args = node.next, node.args
             graph.erase_node(node)
             if not races(graph):
@@ -243,6 +243,16 @@ def _unnoticed(graph: Graph) -> list[str]:
             with graph.inserting_before(place):
                 graph.call_function(torch.ops.npugraph_ex.tagged_event_wait.default, args)
     return found
+
+
+def _joined_again(node: Node) -> bool:
+    """Before anything is computed: a later exchange of the stream is behind this one."""
+    after = node.next
+    while after.target is torch.ops.moe_fx.keep.default or _is_join(after):
+        if _is_join(after):
+            return True
+        after = after.next
+    return False
 
 
 def _is_join(node: Node) -> bool:

@@ -113,7 +113,7 @@ def test_a_hook_that_is_taken_and_an_option_that_is_none(torchair_ranks: RankPoo
 
 def one_after_the_other(rank: int) -> str:
     prepare()
-    npu.npugraph_ex_compiler()(torch.fx.symbolic_trace(torch.nn.ReLU()), [torch.ones(1).npu()])
+    torch.compile(torch.relu, backend="npugraph_ex")(torch.ones(1).npu())
     try:
         npu.torchair_compiler(npu.torchair().CompilerConfig())
     except ConfigurationError as error:

@@ -53,9 +53,7 @@ def test_the_graph_is_the_golden_one(
 
 
 def _text(result: Converted) -> str:
-    lines = [
-        f"{kind} {stream}".rstrip() for kind, stream, _ in result.ops if kind.startswith(SHOWN)
-    ]
+    lines = [f"{op[0]} {op[1]}".rstrip() for op in result.ops if op[0].startswith(SHOWN)]
     return "\n".join(lines) + "\n"
 
 

@@ -19,8 +19,10 @@ from tests.passes.graphs import BLOCKS, block, captured, tokens
 GATE = torch.ops.moe_fx.gating_top_k.default
 
 
-def fused(module: GraphModule, fuses: bool = True, training: bool = False) -> GraphModule:
-    context = Context(options=Options(), report=Report(), fuses_routers=fuses, training=training)
+def fused(
+    module: GraphModule, fuses: bool = True, training: bool = False, report: Report | None = None
+) -> GraphModule:
+    context = Context(Options(), report or Report(), training=training, fuses_routers=fuses)
     for step in for_ranks(1, passes=(*ANALYSIS, FuseRouter(), Rewrite())):
         module = step(module, context).module
     assert context.regions, context.report.declined
@@ -73,3 +75,12 @@ def test_groups_masked_with_zero_are_not_groups_left_out(mask: float, fits: int)
     """With a bias below zero an expert of an unselected group would be selected."""
     case = captured(Grouped(mask).requires_grad_(False), tokens(1, 13, 64))
     assert len(gates(fused(case.module))) == fits
+
+
+def test_why_a_router_is_left_alone_is_reported() -> None:
+    case = captured(Grouped(0.0).requires_grad_(False), tokens(1, 13, 64))
+    report = Report()
+    fused(case.module, report=report)
+    [kept] = report.lowered
+    assert kept.op == "router" and "groups that are not selected" in kept.kept
+    assert kept.source

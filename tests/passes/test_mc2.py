@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.fx import GraphModule
 
 from moe_fx.ascend.mc2 import LIMITS, limits
+from moe_fx.compat import upper_bound
 from tests.passes.graphs import (
     block,
     captured,
@@ -78,3 +81,19 @@ def test_bfloat16() -> None:
     graphs, report = rewritten_on_ranks(case.module, 2, strategy="mc2")
     assert graphs is not None, report.declined
     assert error_on_ranks(case, graphs) <= 2e-2
+
+
+def test_a_bounded_number_of_tokens_has_a_bound() -> None:
+    seen: list[int | None] = []
+
+    def noting(module: GraphModule, inputs: list[Any]) -> Any:
+        [x] = module.graph.find_nodes(op="placeholder")[-1:]
+        seen.append(upper_bound(x.meta["example_value"].shape[0]))
+        return module.forward
+
+    for most in (256, None):
+        x = torch.ones(9, 4)
+        torch._dynamo.reset()
+        torch._dynamo.mark_dynamic(x, 0, **({"min": 2, "max": most} if most else {}))
+        torch.compile(torch.relu, backend=noting)(x)
+    assert seen == [256, None]

@@ -181,3 +181,11 @@ def test_weights_that_nobody_gathers_cannot_travel() -> None:
 def test_options_that_mean_nothing_are_errors(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         parse_options(given)
+
+
+def test_chunks_that_torchair_has_not_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    case = captured(block("qwen3_moe"), tokens(1, 13, 64))
+    with caplog.at_level("WARNING", logger="moe_fx"):
+        _, report = rewritten(case.module, 2, strategy="alltoall", overlap=4, base="torchair")
+    assert report.plans[0].chunks == 1
+    assert "overlap=4: strategy='alltoall' is planned in 1 chunks at most" in caplog.text
