@@ -185,8 +185,8 @@ def _timed(function: Callable[[], object], device: str) -> float:
 
 
 def model_checks(device: str, ranks: int, bases: Sequence[str]) -> Iterator[Check]:
-    with RankPool(ranks) as pool:
-        for base in bases:
+    for base in bases:
+        with RankPool(ranks) as pool:  # torchair can't be loaded beside npugraph_ex
             for strategy, chunks in _STRATEGIES:
                 label = f"{base}: {strategy}" + f" in {chunks} chunks" * (chunks > 1)
                 yield _tried(label, partial(_model, pool, device, base, strategy, chunks))
@@ -249,10 +249,11 @@ def main(
         raise typer.Exit(2) from None
     reference.register()
     count = ranks or (npu.device().device_count() if device == "npu" else 2)
+    names = [name for name in bases.split(",") if name]
     checks: list[Check] = []
     with Progress(console=console) as progress:
         task = progress.add_task("checking", total=None)
-        for each in (*op_checks(device), *model_checks(device, count, bases.split(","))):
+        for each in (*op_checks(device), *model_checks(device, count, names)):
             checks.append(each)
             progress.update(task, advance=1, description=each.name)
     found = environment(device) | {"ranks": str(count)}

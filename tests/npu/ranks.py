@@ -8,25 +8,30 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from moe_fx import agree, compat
 from moe_fx.ascend import npu, reference
 from moe_fx.ascend.compile import NpuGraphPass
 from moe_fx.ascend.device_pass import DevicePass
 from moe_fx.ascend.ge import GePass
 from moe_fx.ascend.happens_before import races
 from moe_fx.report import Report
-from tests.dispatcher.test_captured import layer, tokens
+from moe_fx.testing import RankPool
+from tests.dispatcher.test_captured import TOP_K, layer, tokens
 from tests.models import build, token_ids
 
 LOWERED = {"eager": None, "npugraph_ex": NpuGraphPass, "torchair": GePass}
+T = TypeVar("T")
 Case = tuple[nn.Module, Callable[[int, int], dict[str, Any]]]
 
 
@@ -175,17 +180,42 @@ class Launched:
     replayed: bool
 
 
+def on_device(pool: RankPool, run: Callable[..., T], *args: Any, **fields: Any) -> T:
+    """``run(group, ...)`` on rank 0, in a group of HCCL: the fake device moves no rows, so that the
+    other rank would do the same once more. It only agrees, whatever is asked."""
+    found = pool.run(partial(_first, run, **fields), *args)[0]
+    assert found is not None
+    return found
+
+
+def _first(run: Callable[..., T], rank: int, *args: Any, **fields: Any) -> T | None:
+    group = dist.new_group(backend="hccl")
+    assert group is not None
+    if rank > 0:
+        compat.group_store(group).set(agree.store_key(group, f"link/npu/{rank}"), "here")
+        return None
+    own = agree._key
+    with mock.patch.object(agree, "_key", lambda group, _, *what: own(group, 0, *what)):
+        return run(group, *args, **fields)
+
+
 def launched(
-    rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
+    group: dist.ProcessGroup,
+    kind: str,
+    count: int,
+    dynamic: bool,
+    options: dict[str, Any],
+    **fields: Any,
 ) -> Launched:
     """Compile, capture and replay on ``npu:0`` with npugraph_ex."""
     # npugraph_ex's own in-place pass breaks transformers' masks: x[1:] - x[:-1].
     settings = {"base": "npugraph_ex", "base_options": {"inplace_pass": False}, **options}
-    compiled, given, reports = _on_device(rank, kind, count, dynamic, dynamic, settings, fields)
-    with final_graphs() as finals, _launches() as lines, _garbage(options):
-        compiled(**given)
-    with _launches() as again, _garbage(options):
-        compiled(**given)
+    compiled, given, reports = _on_device(group, kind, count, dynamic, dynamic, settings, fields)
+    with _sizes(count * TOP_K), final_graphs() as finals:
+        with _launches() as lines:
+            compiled(**given)
+        with _launches() as again:
+            compiled(**given)
     report = reports[0]
     nodes = [node for graph in finals for node in graph.nodes]
     return Launched(
@@ -202,7 +232,7 @@ def launched(
 
 
 def _on_device(
-    rank: int,
+    group: dist.ProcessGroup,
     kind: str,
     count: int,
     dynamic: bool,
@@ -210,13 +240,11 @@ def _on_device(
     options: dict[str, Any],
     fields: dict[str, Any],
 ) -> tuple[Callable[..., Any], dict[str, Any], list[Report]]:
-    """(the compiled module, what to call it with, where its reports go) on ``npu:0``, in a group of
-    HCCL."""
+    """(the compiled module, what to call it with, where its reports go) on ``npu:0``."""
     prepare()
     torch.set_grad_enabled(False)
-    group = dist.new_group(backend="hccl")
     module, inputs = case(kind, torch.bfloat16, plain_attention, group, **fields)
-    given = {k: moved(v) for k, v in inputs(rank, count).items()}
+    given = {k: moved(v) for k, v in inputs(0, count).items()}
     if dynamic:
         _mark_dynamic(kind, given)
     reports: list[Report] = []
@@ -260,9 +288,23 @@ def _is_join(node: Node) -> bool:
     return waits and str(node.args[0]).startswith("moe_fx") and "arrived" in str(node.args[0])
 
 
-def _garbage(options: dict[str, Any]) -> AbstractContextManager[object]:
-    """Sizes that the host reads from a device that computes nothing are any numbers."""
-    return suppress(RuntimeError) if options["strategy"] == "alltoall" else nullcontext()
+@contextmanager
+def _sizes(pairs: int) -> Iterator[None]:
+    """The host reads sizes that could be, not what a device that computes nothing left: ``pairs``
+    sent and as many received."""
+
+    def split_sizes(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> Tensor:
+        each, rest = divmod(pairs, chunks * len(recv_counts))
+        sizes = torch.full((chunks, 2, len(recv_counts)), each)
+        sizes[0, :, 0] += rest
+        return sizes
+
+    library = torch.library.Library("moe_fx", "IMPL", "PrivateUse1")
+    library.impl("split_sizes", split_sizes)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def moved(value: Any) -> Any:
@@ -330,11 +372,16 @@ class Converted:
 
 
 def converted(
-    rank: int, kind: str, count: int, dynamic: bool, options: dict[str, Any], **fields: Any
+    group: dist.ProcessGroup,
+    kind: str,
+    count: int,
+    dynamic: bool,
+    options: dict[str, Any],
+    **fields: Any,
 ) -> Converted:
     """What torchair makes of a model; it can't be run without GE."""
     settings = {"base": "torchair", **options}
-    compiled, given, reports = _on_device(rank, kind, count, dynamic, True, settings, fields)
+    compiled, given, reports = _on_device(group, kind, count, dynamic, True, settings, fields)
     error = ""
     with ge_graphs() as graphs:
         try:

@@ -3,14 +3,11 @@ code down to each launch; nothing here says what hardware would do."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 
 from moe_fx.testing import RankPool
-from tests.npu.ranks import Launched, launched
+from tests.npu.ranks import Launched, launched, on_device
 
 EXCHANGES = ("HcclAlltoAllV", "HcclAlltoAll")
 CASES = [
@@ -26,13 +23,13 @@ def test_exchanges_run_on_their_stream_with_compute_between(
     ranks2: RankPool, kind: str, strategy: str, dynamic: bool
 ) -> None:
     options = {"strategy": strategy, "overlap": 2}
-    for result in ranks2.run(launched, kind, 9, dynamic, options):
-        assert result.declined == []
-        assert result.replayed
-        assert result.races == []
-        assert result.unnoticed == []
-        assert all(plan.host_sync == "" for plan in result.plans)
-        _check_streams(result)
+    result = on_device(ranks2, launched, kind, 9, dynamic, options)
+    assert result.declined == []
+    assert result.replayed
+    assert result.races == []
+    assert result.unnoticed == []
+    assert all(plan.host_sync == "" for plan in result.plans)
+    _check_streams(result)
 
 
 def _check_streams(result: Launched) -> None:
@@ -89,49 +86,49 @@ def _joined(trace: list[tuple[str, str, str]], at: int, main: str) -> int | None
 
 def test_exact_sizes_name_their_sync_and_are_not_captured(ranks2: RankPool) -> None:
     options = {"strategy": "alltoall", "overlap": 2}
-    for result in ranks2.run(launched, "qwen3_moe", 9, False, options):
-        assert result.plans[0].host_sync == "moe_fx::split_sizes"
-        assert "split_sizes" in result.plans[0].capture
-        assert not result.replayed
-        assert result.races == []
-        assert "moe_fx.exchange.default" in result.nodes
+    result = on_device(ranks2, launched, "qwen3_moe", 9, False, options)
+    assert result.plans[0].host_sync == "moe_fx::split_sizes"
+    assert "split_sizes" in result.plans[0].capture
+    assert not result.replayed
+    assert result.races == []
+    assert "moe_fx.exchange.default" in result.nodes
 
 
 def test_mc2_has_no_host_sync_and_no_data_dependent_size(ranks2: RankPool) -> None:
-    big: dict[str, Any] = {"hidden_size": 1024}
-    run = partial(launched, **big)
-    for result in ranks2.run(run, "qwen3_moe", 9, False, {"strategy": "mc2"}):
-        assert result.declined == []
-        assert [plan.strategy for plan in result.plans] == ["mc2", "mc2"]
-        assert all(plan.host_sync == "" for plan in result.plans)
-        syncs = {"moe_fx.split_sizes.default", "aten._local_scalar_dense.default", "aten.item"}
-        assert syncs.isdisjoint(result.nodes)
-        assert result.unbacked == []
-        assert "npu.npu_moe_distribute_dispatch_v2.default" in result.nodes
-        assert "npu.npu_moe_distribute_combine_v2.default" in result.nodes
-        assert result.replayed
+    options = {"strategy": "mc2"}
+    result = on_device(ranks2, launched, "qwen3_moe", 9, False, options, hidden_size=1024)
+    assert result.declined == []
+    assert [plan.strategy for plan in result.plans] == ["mc2", "mc2"]
+    assert all(plan.host_sync == "" for plan in result.plans)
+    syncs = {"moe_fx.split_sizes.default", "aten._local_scalar_dense.default", "aten.item"}
+    assert syncs.isdisjoint(result.nodes)
+    assert result.unbacked == []
+    assert "npu.npu_moe_distribute_dispatch_v2.default" in result.nodes
+    assert "npu.npu_moe_distribute_combine_v2.default" in result.nodes
+    assert result.replayed
 
 
 def test_mc2_is_refused_with_its_limit(ranks2: RankPool) -> None:
-    for result in ranks2.run(launched, "qwen3_moe", 9, False, {"strategy": "mc2"}):
-        assert all("hidden size 64, MC2 takes 1024" in reason for reason in result.declined)
-        assert len(result.declined) == 2
+    result = on_device(ranks2, launched, "qwen3_moe", 9, False, {"strategy": "mc2"})
+    assert all("hidden size 64, MC2 takes 1024" in reason for reason in result.declined)
+    assert len(result.declined) == 2
 
 
 def test_cores_are_limited_where_asked(ranks2: RankPool) -> None:
     options = {"strategy": "allgather", "overlap": 1, "exchange_cores": (4, 8)}
-    for result in ranks2.run(launched, "qwen3_moe", 9, False, options):
-        assert result.races == []
-        assert result.replayed
-        assert [node for node in result.nodes if "limit" in node], result.nodes
+    result = on_device(ranks2, launched, "qwen3_moe", 9, False, options)
+    assert result.races == []
+    assert result.replayed
+    assert [node for node in result.nodes if "limit" in node], result.nodes
 
 
 def test_auto_takes_mc2_where_it_fits(ranks2: RankPool) -> None:
     options = {"strategy": "auto", "even_tokens": True, "overlap": 1}
-    fits = ranks2.run(partial(launched, hidden_size=1024), "qwen3_moe", 9, False, options)
-    narrow = ranks2.run(launched, "qwen3_moe", 9, False, {**options, "strategy": "allgather"})
-    assert {plan.strategy for result in fits for plan in result.plans} == {"mc2"}
-    assert {plan.strategy for result in narrow for plan in result.plans} == {"allgather"}
+    fits = on_device(ranks2, launched, "qwen3_moe", 9, False, options, hidden_size=1024)
+    assert [plan.strategy for plan in fits.plans] == ["mc2", "mc2"]
+    narrow = on_device(ranks2, launched, "qwen3_moe", 9, False, options)
+    assert len(narrow.plans) == 2
+    assert "mc2" not in [plan.strategy for plan in narrow.plans]
 
 
 def test_an_npu_has_no_assertion_of_its_own() -> None:
@@ -143,8 +140,8 @@ def test_an_npu_has_no_assertion_of_its_own() -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_the_eager_dispatcher_is_lowered_on_the_device(ranks2: RankPool, dynamic: bool) -> None:
     options = {"strategy": "alltoall", "overlap": 2}
-    for result in ranks2.run(launched, "dispatcher", 9, dynamic, options):
-        assert result.declined == []
-        assert result.races == []
-        wanted = {"npu.npu_moe_token_permute.default", "npu.npu_grouped_matmul.default"}
-        assert {*wanted, "moe_fx.exchange.default"} <= set(result.nodes)
+    result = on_device(ranks2, launched, "dispatcher", 9, dynamic, options)
+    assert result.declined == []
+    assert result.races == []
+    wanted = {"npu.npu_moe_token_permute.default", "npu.npu_grouped_matmul.default"}
+    assert {*wanted, "moe_fx.exchange.default"} <= set(result.nodes)

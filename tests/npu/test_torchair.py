@@ -7,7 +7,6 @@ them anew.
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from moe_fx.ascend.streams import LABEL
 from moe_fx.testing import RankPool
-from tests.npu.ranks import Converted, converted
+from tests.npu.ranks import Converted, converted, on_device
 
 GOLDEN = Path(__file__).parent / "golden"
 SHOWN = ("Hcom", "Moe", "GroupedMatmul", "SwiGlu")
@@ -41,15 +40,12 @@ def test_the_graph_is_the_golden_one(
     chunks: int,
     dynamic: bool,
 ) -> None:
-    run = partial(converted, **fields)
     options = {"strategy": strategy, "overlap": chunks}
-    results = torchair_ranks.run(run, kind, 9, dynamic, options)
-    for result in results:
-        assert result.declined == []
-        assert WITHOUT_GE in result.error
-    texts = {_text(result) for result in results}
-    assert len(texts) == 1, "the ranks have other graphs"
-    _compare(GOLDEN / f"{kind}-{strategy}-{'dynamic' if dynamic else 'static'}.txt", texts.pop())
+    result = on_device(torchair_ranks, converted, kind, 9, dynamic, options, **fields)
+    assert result.declined == []
+    assert WITHOUT_GE in result.error
+    name = f"{kind}-{strategy}-{'dynamic' if dynamic else 'static'}.txt"
+    _compare(GOLDEN / name, _text(result))
 
 
 def _text(result: Converted) -> str:
@@ -65,23 +61,23 @@ def _compare(file: Path, text: str) -> None:
 
 def test_exchanges_of_rows_are_labelled_and_in_the_group(torchair_ranks: RankPool) -> None:
     options = {"strategy": "allgather", "overlap": 2, "exchange_cores": (4, 8)}
-    for result in torchair_ranks.run(converted, "qwen3_moe", 9, False, options):
-        exchanges = [op[1:] for op in result.ops if "Hcom" in op[0]]
-        assert len(exchanges) == 2 * (2 + 2 + 2)  # ids and weights, tokens, results; two layers
-        ((label, group, *cores),) = set(exchanges)
-        assert label == LABEL and group
-        assert cores == ["4", "8"]
+    result = on_device(torchair_ranks, converted, "qwen3_moe", 9, False, options)
+    exchanges = [op[1:] for op in result.ops if "Hcom" in op[0]]
+    assert len(exchanges) == 2 * (2 + 2 + 2)  # ids and weights, tokens, results; two layers
+    ((label, group, *cores),) = set(exchanges)
+    assert label == LABEL and group
+    assert cores == ["4", "8"]
 
 
 def test_mc2_is_two_ops(torchair_ranks: RankPool) -> None:
-    run = partial(converted, hidden_size=1024)
-    for result in torchair_ranks.run(run, "qwen3_moe", 9, False, {"strategy": "mc2"}):
-        kinds = [op[0] for op in result.ops if "Distribute" in op[0]]
-        assert kinds == ["MoeDistributeDispatchV2", "MoeDistributeCombineV2"] * 2
+    options = {"strategy": "mc2"}
+    result = on_device(torchair_ranks, converted, "qwen3_moe", 9, False, options, hidden_size=1024)
+    kinds = [op[0] for op in result.ops if "Distribute" in op[0]]
+    assert kinds == ["MoeDistributeDispatchV2", "MoeDistributeCombineV2"] * 2
 
 
 def test_what_ge_does_not_know_is_said(torchair_ranks: RankPool) -> None:
     options = {"strategy": "padded_alltoall"}
-    for result in torchair_ranks.run(converted, "qwen3_moe", 9, False, options):
-        assert all("base='torchair' has no converters" in reason for reason in result.declined)
-        assert len(result.declined) == 2
+    result = on_device(torchair_ranks, converted, "qwen3_moe", 9, False, options)
+    assert all("base='torchair' has no converters" in reason for reason in result.declined)
+    assert len(result.declined) == 2
