@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from moe_fx.supported import require_supported_torch
@@ -28,6 +30,11 @@ from moe_fx.options import Options  # noqa: E402
 from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
+
+if "vllm" in sys.modules:  # whose configuration asks for ``moe_fx.vllm_pass`` by name
+    from moe_fx.integrations.vllm import register
+
+    register()
 
 __all__ = [
     "BadInput",

@@ -54,7 +54,7 @@ class MoEPass(CustomGraphPass):
         self, graph: Graph | GraphModule, example_inputs: Any = None, config: Any = None
     ) -> None:
         """Rewrites ``graph``. config: npugraph_ex's, which passes it to its hooks."""
-        module = graph if isinstance(graph, GraphModule) else _module_of(graph)
+        module = graph if isinstance(graph, GraphModule) else module_of(graph)
         values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
         check_devices(self.options.ep_group, values)
         report = Report()
@@ -74,7 +74,7 @@ class MoEPass(CustomGraphPass):
             found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
             raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
         if result is not module:
-            self._agree_when_run(result, report)
+            agree_when_run(result, report, self.options.agree_timeout)
             splice(module.graph, result, context.origin)
             if lowers(self.options, values):
                 self._lower(module, report, config)
@@ -98,19 +98,6 @@ class MoEPass(CustomGraphPass):
         """Itself: compilers copy their configuration, but a process group cannot be copied, and the
         reports are to reach whoever made the pass."""
         return self
-
-    def _agree_when_run(self, result: GraphModule, report: Report) -> None:
-        """Nothing runs around the compiled graph, and a cache may bring it back uncompiled: so the
-        first exchange of each group checks that the ranks have planned the same."""
-        text = describe(report.plans, training=False)
-        checked: set[Any] = set()
-        for node in result.graph.nodes:
-            if node.target in _ASK:
-                upto = _ASK[node.target] + 1
-                group = node.args[upto - 1]
-                if group not in checked:
-                    checked.add(group)
-                    node.args = (*node.args[:upto], text, self.options.agree_timeout)
 
     def uuid(self) -> str:
         """Key of what this pass does to a graph, for compile caches: the same in every process of
@@ -138,7 +125,21 @@ _ASK = {
 argument their group is; what was planned and how long to wait for others follow it."""
 
 
-def _module_of(graph: Graph) -> GraphModule:
+def agree_when_run(result: GraphModule, report: Report, timeout: float) -> None:
+    """Nothing runs around the compiled graph, and a cache may bring it back uncompiled: so the
+    first exchange of each group checks that the ranks have planned the same."""
+    text = describe(report.plans, training=False)
+    checked: set[Any] = set()
+    for node in result.graph.nodes:
+        if node.target in _ASK:
+            upto = _ASK[node.target] + 1
+            group = node.args[upto - 1]
+            if group not in checked:
+                checked.add(group)
+                node.args = (*node.args[:upto], text, timeout)
+
+
+def module_of(graph: Graph) -> GraphModule:
     """A module around ``graph`` itself, with what the graph's get_attr nodes read."""
     owner = graph.owning_module
     if isinstance(owner, GraphModule) and owner.graph is graph:

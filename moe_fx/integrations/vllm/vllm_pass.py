@@ -1,0 +1,155 @@
+"""The pass that vLLM calls on each graph that it compiles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.platforms import current_platform
+from vllm.version import __version__ as vllm_version
+
+from moe_fx import __version__
+from moe_fx.errors import NothingMatched
+from moe_fx.graph_pass import agree_when_run, module_of
+from moe_fx.integrations.vllm import ops  # noqa: F401  (registers them)
+from moe_fx.integrations.vllm.layout import Layout, Unsupported, layout
+from moe_fx.integrations.vllm.open_layer import REPLICATED, open_layer
+from moe_fx.integrations.vllm.options import VllmOptions, parse
+from moe_fx.integrations.vllm.sites import Site, sites
+from moe_fx.passes.normalise import copy_graph
+from moe_fx.passes.overlap import overlap
+from moe_fx.passes.splice import splice
+from moe_fx.plan import ExchangePlan, slices
+from moe_fx.region import Declined, source_of
+from moe_fx.report import Report
+from moe_fx.sources import SOURCES
+
+log = logging.getLogger("moe_fx")
+
+
+class VllmMoEPass(InductorPass):
+    """Opens the MoE layers of vLLM's graphs (docs/vllm.md), in place.
+
+    ``options``: `VllmOptions`, or a mapping of them; None: those of the environment. The report of
+    each graph with MoE layers is appended to ``reports`` and logged.
+
+    ::
+
+        compilation_config={"inductor_compile_config": {"post_grad_custom_post_pass": VllmMoEPass(
+            {"strategy": "alltoall"})}}
+    """
+
+    def __init__(self, options: Mapping[str, Any] | VllmOptions | None = None) -> None:
+        self.options = parse(options)
+        self.reports: list[Report] = []
+
+    def __call__(self, graph: Graph) -> None:
+        report = Report(graphs=1)
+        plan: ExchangePlan | None = None
+        found: list[Site] = []
+        module = copy_graph(module_of(graph))
+        origin = dict(zip(module.graph.nodes, graph.nodes, strict=True))
+        try:
+            found = list(sites(module.graph))
+            if found:
+                plan, shape = self._plan(found)
+                for site in found:
+                    site.check(shape)
+        except Unsupported as reason:
+            plan = None
+            report.declined += [_declined(site, str(reason)) for site in found]
+            if not found:
+                report.declined.append(Declined(str(reason), "", ""))
+        if plan is not None:
+            for site in found:
+                open_layer(module.graph, site, shape, plan)
+            report.plans += [plan] * len(found)
+            self._finish(graph, module, origin, report)
+        if report.plans or report.declined:
+            self._tell(report)
+
+    def _plan(self, found: list[Site]) -> tuple[ExchangePlan, Layout]:
+        where = layout(_layers())
+        strategy = self._strategy(where, found)
+        expert_slices = 1
+        if strategy == "alltoall":
+            expert_slices, _ = slices(where.local_experts, self.options.overlap)
+        plan = ExchangePlan(
+            strategy=strategy,
+            num_experts=where.num_experts,
+            local_experts=where.local_experts,
+            group_name=where.group_name,
+            world_size=where.world_size,
+            rank=where.rank,
+            expert_slices=expert_slices,
+        )
+        return plan, where
+
+    def _strategy(self, where: Layout, found: list[Site]) -> str:
+        """Inlined layers get the tokens of all ranks, whatever the parallelism."""
+        differing = where.different_tokens and found[0].opaque
+        wanted = self.options.strategy
+        if wanted == REPLICATED and differing:
+            raise Unsupported("strategy='replicated': data-parallel ranks have different tokens")
+        if wanted != "auto":
+            return wanted
+        if differing:
+            return "alltoall"
+        if current_platform.is_cpu():
+            return REPLICATED
+        raise Unsupported(
+            "every rank has all tokens, and vLLM's kernels skip the experts of others by "
+            "themselves: nothing would be gained (strategy='alltoall' opens it all the same)"
+        )
+
+    def _finish(
+        self, graph: Graph, module: GraphModule, origin: dict[Any, Any], report: Report
+    ) -> None:
+        module.graph.eliminate_dead_code()
+        agree_when_run(module, report, self.options.agree_timeout)
+        splice(graph, module, origin)
+        overlap(graph, self.options.overlap_memory, pinned=True)
+
+    def _tell(self, report: Report) -> None:
+        self.reports.append(report)
+        for plan in dict.fromkeys(report.plans):
+            log.info("%d MoE layers opened: %s", report.plans.count(plan), plan.summary)
+        for declined in report.declined:
+            log.warning("MoE layer left alone: %s (at %s)", declined.reason, declined.source)
+        if self.options.strict and report.declined:
+            reasons = "; ".join(declined.reason for declined in report.declined)
+            raise NothingMatched(f"strict: not every MoE layer was opened: {reasons}")
+
+    def is_applicable_for_range(self, compile_range: Any) -> bool:
+        """Whether graphs for so many tokens are opened."""
+        return bool(compile_range.end >= self.options.min_tokens)
+
+    def uuid(self) -> str:
+        """Key of what this pass does, for vLLM's and Inductor's caches: where layers are and which
+        ranks there are follows from vLLM's configuration, which is in its key."""
+        described = {
+            "moe_fx": __version__,
+            "sources": SOURCES,
+            "torch": torch.__version__,
+            "vllm": vllm_version,
+            "options": self.options.model_dump(),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _layers() -> Mapping[str, Any]:
+    if not is_forward_context_available():
+        raise Unsupported("vLLM compiles outside of a forward pass: its layers are not known")
+    layers: Mapping[str, Any] = get_forward_context().no_compile_layers
+    return layers
+
+
+def _declined(site: Site, reason: str) -> Declined:
+    return Declined(reason, site.node.name, source_of(site.node))
