@@ -10,6 +10,8 @@ vLLM finds `register` by its entry point ``vllm.general_plugins``, in each of it
 
 from __future__ import annotations
 
+import importlib.util
+
 __all__ = ["register"]
 
 
@@ -22,4 +24,8 @@ def register() -> None:
         return
     from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
 
+    if importlib.util.find_spec("vllm_ascend") is not None:
+        from moe_fx.integrations import vllm_ascend
+
+        vllm_ascend.register()
     moe_fx.vllm_pass = VllmMoEPass()  # type: ignore[attr-defined]

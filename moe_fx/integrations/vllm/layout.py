@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from vllm.distributed import get_ep_group, get_tp_group
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from moe_fx.integrations.vllm import ops
 
 LINEAR = "linear"
 """vLLM's placement in which rank ``r`` has the experts from ``r * E / W`` on."""
@@ -41,8 +45,6 @@ class Unsupported(Exception):
 
 def layout(layers: Mapping[str, Any]) -> Layout:
     """Of vLLM's ``static_forward_context``: all layers, by name. Raises `Unsupported`."""
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
     runners = {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
     if not runners:
         raise Unsupported("vLLM has registered no MoE layer for this graph")
@@ -58,9 +60,9 @@ def layout(layers: Mapping[str, Any]) -> Layout:
 def _of(name: str, runner: Any) -> Layout:
     config = runner.moe_config
     parallel = config.moe_parallel_config
+    misfit = ops.steps.misfit(runner)
     reasons = {
         "expert parallelism is off (enable_expert_parallel)": not parallel.use_ep,
-        "its experts are balanced over ranks while it runs (EPLB)": parallel.enable_eplb,
         "its tokens are sharded by sequence": parallel.is_sequence_parallel,
         "it has prefill context parallelism": parallel.pcp_size > 1,
         f"{config.num_experts} experts are not a multiple of {parallel.ep_size} ranks": (
@@ -70,12 +72,11 @@ def _of(name: str, runner: Any) -> Layout:
             runner.expert_placement_strategy != LINEAR
         ),
         "it has LoRA": config.is_lora_enabled,
+        misfit: misfit != "",
     }
     for reason, holds in reasons.items():
         if holds:
             raise Unsupported(f"{name}: {reason}")
-    from vllm.distributed import get_ep_group, get_tp_group
-
     group: dist.ProcessGroup = get_ep_group().device_group
     tensor_parallel = get_tp_group()
     return Layout(

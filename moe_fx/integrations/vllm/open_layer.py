@@ -1,4 +1,4 @@
-"""Open one layer: its op becomes route, permute, exchange, experts, unpermute, and the shared expert.
+"""Open one layer: its op becomes route, permute, exchange, experts, unpermute and shared expert.
 
 Contract. In: a graph, a `Site` in it whose layer fits the `Layout`, and the plan. Out: the graph
 computes what the op's results are; the op has gone. A routed result is a rank's part of what vLLM
@@ -63,7 +63,7 @@ class _Opened:
         self.given = self.site.arguments
         layout = self.layout
         self.sharing, self.part = 1, 0
-        if self.plan.strategy == "alltoall":
+        if self.plan.strategy != REPLICATED:
             if layout.different_tokens and self.site.opaque:
                 self.sharing, self.part = layout.tensor_parallel, layout.tensor_rank
             else:

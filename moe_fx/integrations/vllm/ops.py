@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.library import Library
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-__all__ = ["NAMESPACE"]
+from moe_fx.integrations.vllm.steps import Steps, row_ids
+
+__all__ = ["NAMESPACE", "steps"]
 
 NAMESPACE = "moe_fx_vllm"
 _LIBRARY = Library(NAMESPACE, "FRAGMENT")
 LayerName = moe_runner._layer_name_type
+steps = Steps()
 
 
 def _layer(name: Any) -> Any:
@@ -43,14 +45,7 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     """``[T, K]`` weights in float32 and ids in int32."""
     layer = _layer(layer_name)
-    if layer.gate is not None:
-        router_logits, _ = layer.gate(hidden_states)
-    weights, ids = layer.router.select_experts(
-        hidden_states=hidden_states,
-        router_logits=router_logits,
-        topk_indices_dtype=torch.int32,
-        input_ids=input_ids,
-    )
+    weights, ids = steps.route(layer, hidden_states, router_logits, input_ids)
     if ids.shape[1] != top_k:
         raise RuntimeError(
             f"moe_fx_vllm::route: {layer.layer_name} selects {ids.shape[1]} experts, its "
@@ -73,23 +68,6 @@ def _route_fake(
     )
 
 
-def _row_ids(rows: Tensor, counts: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that are somebody's, the expert of each counted from ``first``, and unit weights."""
-    ids = torch.arange(first, first + len(counts), device=rows.device, dtype=torch.int32)
-    ids = ids.repeat_interleave(counts)
-    weights = torch.ones((len(ids), 1), device=rows.device, dtype=torch.float32)
-    return rows[: len(ids)], ids.view(-1, 1), weights
-
-
-def _filled(results: Tensor, rows: Tensor) -> Tensor:
-    """As many as ``rows``; of those past the end nobody reads the values."""
-    if len(results) == len(rows):
-        return results
-    filled = results.new_zeros((len(rows), *results.shape[1:]))
-    filled[: len(results)] = results
-    return filled
-
-
 def _experts(
     rows: Tensor,
     counts: Tensor,
@@ -97,21 +75,7 @@ def _experts(
     layer_name: LayerName,  # type: ignore[valid-type]
 ) -> Tensor:
     """``rows [R, H]``: of the experts of this rank from the ``first`` on, ``counts`` of each."""
-    layer = _layer(layer_name)
-    layer.routed_experts._ensure_moe_quant_config_init()
-    # Kernels for CPUs take ids of local experts; others map ids of all experts.
-    own = 0 if current_platform.is_cpu() else layer.moe_config.ep_rank * len_local(layer)
-    own_rows, ids, weights = _row_ids(rows, counts, own + first)
-    if len(ids) == 0:
-        return torch.zeros_like(rows)
-    results = layer.routed_experts.forward_modular(
-        x=own_rows.contiguous(), topk_weights=weights, topk_ids=ids
-    )
-    return _filled(results, rows)
-
-
-def len_local(layer: Any) -> int:
-    return int(layer.moe_config.num_local_experts)
+    return steps.experts(_layer(layer_name), rows, counts, first)
 
 
 def _experts_fake(
@@ -135,12 +99,12 @@ def _cpu_experts(
     isa: str,
 ) -> Tensor:
     """As ``experts``, with vLLM's packed weights of this rank's experts."""
-    own_rows, ids, weights = _row_ids(rows, counts, first)
     results = torch.zeros_like(rows)
-    if len(ids):
+    if own := int(counts.sum()):
+        ids, weights = row_ids(rows[:own], counts, first, -1)
         torch.ops._C.cpu_fused_moe(
-            results[: len(ids)],
-            own_rows.contiguous(),
+            results[:own],
+            rows[:own].contiguous(),
             w13,
             w2,
             w13_bias,
@@ -169,8 +133,7 @@ def _cpu_experts_fake(
 
 
 def _shared(x: Tensor, layer_name: LayerName) -> Tensor:  # type: ignore[valid-type]
-    result: Tensor = _layer(layer_name).shared_experts._layer(x)
-    return result
+    return steps.shared(_layer(layer_name), x)
 
 
 def _shared_fake(x: Tensor, layer_name: LayerName) -> Tensor:  # type: ignore[valid-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from torch.fx import Graph, GraphModule
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.version import __version__ as vllm_version
 
 from moe_fx import __version__
 from moe_fx.errors import NothingMatched
 from moe_fx.graph_pass import agree_when_run, module_of
-from moe_fx.integrations.vllm import ops  # noqa: F401  (registers them)
 from moe_fx.integrations.vllm.layout import Layout, Unsupported, layout
 from moe_fx.integrations.vllm.open_layer import REPLICATED, open_layer
 from moe_fx.integrations.vllm.options import VllmOptions, parse
@@ -31,7 +30,7 @@ from moe_fx.region import Declined, source_of
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
 
-log = logging.getLogger("moe_fx")
+log = init_logger("vllm.moe_fx")  # vLLM configures the loggers below its own
 
 
 class VllmMoEPass(InductorPass):
@@ -51,6 +50,12 @@ class VllmMoEPass(InductorPass):
         self.reports: list[Report] = []
 
     def __call__(self, graph: Graph) -> None:
+        if self.open(graph).plans:
+            overlap(graph, self.options.overlap_memory, pinned=True)
+
+    def open(self, graph: Graph, captured: bool = False) -> Report:
+        """Rewrite ``graph`` in place; exchanges stand where they were put. captured: what becomes
+        of it will be captured, so that nothing in it may wait for the device."""
         report = Report(graphs=1)
         plan: ExchangePlan | None = None
         found: list[Site] = []
@@ -59,7 +64,7 @@ class VllmMoEPass(InductorPass):
         try:
             found = list(sites(module.graph))
             if found:
-                plan, shape = self._plan(found)
+                plan, shape = self._plan(found, captured)
                 for site in found:
                     site.check(shape)
         except Unsupported as reason:
@@ -74,10 +79,11 @@ class VllmMoEPass(InductorPass):
             self._finish(graph, module, origin, report)
         if report.plans or report.declined:
             self._tell(report)
+        return report
 
-    def _plan(self, found: list[Site]) -> tuple[ExchangePlan, Layout]:
+    def _plan(self, found: list[Site], captured: bool) -> tuple[ExchangePlan, Layout]:
         where = layout(_layers())
-        strategy = self._strategy(where, found)
+        strategy = self._strategy(where, found, captured)
         expert_slices = 1
         if strategy == "alltoall":
             expert_slices, _ = slices(where.local_experts, self.options.overlap)
@@ -92,16 +98,26 @@ class VllmMoEPass(InductorPass):
         )
         return plan, where
 
-    def _strategy(self, where: Layout, found: list[Site]) -> str:
+    def _strategy(self, where: Layout, found: list[Site], captured: bool) -> str:
         """Inlined layers get the tokens of all ranks, whatever the parallelism."""
         differing = where.different_tokens and found[0].opaque
         wanted = self.options.strategy
+        if wanted == "alltoall" and captured:
+            raise Unsupported(
+                "strategy='alltoall' waits for the device, and this graph will be captured; "
+                "'allgather' does not, where all ranks have as many tokens"
+            )
         if wanted == REPLICATED and differing:
             raise Unsupported("strategy='replicated': data-parallel ranks have different tokens")
+        if differing and self.options.min_tokens > 0:
+            raise Unsupported(
+                f"min_tokens={self.options.min_tokens}: data-parallel ranks have different numbers "
+                "of tokens, and one in an opened graph would wait for one that is not in it"
+            )
         if wanted != "auto":
             return wanted
         if differing:
-            return "alltoall"
+            return "allgather" if captured else "alltoall"
         if current_platform.is_cpu():
             return REPLICATED
         raise Unsupported(
@@ -115,7 +131,6 @@ class VllmMoEPass(InductorPass):
         module.graph.eliminate_dead_code()
         agree_when_run(module, report, self.options.agree_timeout)
         splice(graph, module, origin)
-        overlap(graph, self.options.overlap_memory, pinned=True)
 
     def _tell(self, report: Report) -> None:
         self.reports.append(report)

@@ -1,0 +1,164 @@
+"""Opened layers compute what their experts compute one by one, on two ranks over Gloo."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from moe_fx.errors import ConfigurationError
+from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
+from moe_fx.testing import RankError, RankPool
+from tests.vllm_plugin import layers
+from vllm.config import CompilationConfig
+from vllm.config.utils import Range
+
+
+def opened(
+    rank: int, different: bool, options: dict[str, Any], counts: list[int], shared: bool
+) -> list[str]:
+    """What was planned; ``counts``: tokens of each call, dynamic where more than one."""
+    world = dist.get_world_size()
+    own = VllmMoEPass(options)
+    function = layers.routed_and_shared if shared else layers.routed
+    layer = layers.runner(rank, world, different)
+    torch._dynamo.reset()
+    with (
+        layers.running(layer, dist.group.WORLD, not different),
+        torch._inductor.config.patch(enable_auto_functionalized_v2=False),
+        torch.no_grad(),
+    ):
+        run = layers.compiled(function, own)
+        for count in counts:
+            x, logits = layers.tokens(rank if different else 0, count)
+            if len(counts) > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_dynamic(logits, 0)
+            result = run(x.clone(), logits)
+            if shared:
+                assert_close(result[0], 3 * x)
+                result = result[1]
+            whole = result if different else layers.all_reduced(result)
+            assert_close(whole, layers.dense(x, logits), atol=1e-5, rtol=1e-5)
+    return [plan.strategy for report in own.reports for plan in report.plans]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("counts", [[6], [7, 5, 2]], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "different, strategy, overlap",
+    [
+        (False, "replicated", 1),
+        (False, "alltoall", 1),
+        (False, "alltoall", 4),
+        (False, "allgather", 1),
+        (True, "alltoall", 2),
+        (True, "allgather", 1),
+    ],
+)
+def test_by_value(
+    ranks2: RankPool,
+    different: bool,
+    strategy: str,
+    overlap: int,
+    counts: list[int],
+    shared: bool,
+) -> None:
+    options = {"strategy": strategy, "overlap": overlap, "strict": True}
+    assert ranks2.run(opened, different, options, counts, shared) == [[strategy]] * 2
+
+
+@pytest.mark.parametrize("different, chosen", [(False, "replicated"), (True, "alltoall")])
+def test_auto(ranks2: RankPool, different: bool, chosen: str) -> None:
+    assert ranks2.run(opened, different, {}, [6], True) == [[chosen]] * 2
+
+
+REFUSED = [
+    ({"use_ep": False}, {}, "expert parallelism is off"),
+    ({"enable_eplb": True}, {}, "EPLB"),
+    ({"is_sequence_parallel": True}, {}, "sharded by sequence"),
+    ({"pcp_size": 2}, {}, "prefill context parallelism"),
+    ({"num_experts": 9}, {}, "9 experts are not a multiple of 2 ranks"),
+    ({"is_lora_enabled": True}, {}, "LoRA"),
+    ({"hidden_dim": 24}, {}, "the layers take [T, 24]"),
+    ({"data_parallel": True}, {"strategy": "replicated"}, "different tokens"),
+    ({"data_parallel": True}, {"min_tokens": 5}, "one in an opened graph would wait"),
+]
+
+
+def left_alone(rank: int, layer: dict[str, Any], options: dict[str, Any]) -> str:
+    own = VllmMoEPass(options)
+    with layers.running(layers.runner(rank, 2, **layer), dist.group.WORLD, True):
+        torch._dynamo.reset()
+        before: list[str] = []
+
+        def both(graph: Any) -> None:
+            before.append(str(graph))
+            own(graph)
+            before.append(str(graph))
+
+        x, logits = layers.tokens(0, 6)
+        with pytest.raises(BaseException):  # noqa: B017  what runs then is vLLM's own op
+            layers.compiled(layers.routed_and_shared, both)(x, logits)
+    assert before[0] == before[1]
+    [report] = own.reports
+    [declined] = report.declined
+    assert "test_opened.py" in declined.source or "layers.py" in declined.source
+    return declined.reason
+
+
+@pytest.mark.parametrize("layer, options, reason", REFUSED)
+def test_what_does_not_fit_is_left_alone(
+    ranks2: RankPool, layer: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    for said in ranks2.run(left_alone, layer, options):
+        assert reason in said
+
+
+def test_strict_raises(ranks2: RankPool) -> None:
+    with pytest.raises(RankError, match="not every MoE layer was opened"):
+        ranks2.run(opened, True, {"strategy": "replicated", "strict": True}, [6], True)
+
+
+def other_plans(rank: int) -> None:
+    opened(rank, True, {"overlap": 1 + rank, "agree_timeout": 20}, [6], False)
+
+
+def test_ranks_that_differ_do_not_hang(ranks2: RankPool) -> None:
+    with pytest.raises(RankError, match="RanksDiffer"):
+        ranks2.run(other_plans)
+
+
+def test_the_key_of_the_compile_cache_is_of_the_options() -> None:
+    def key(**options: Any) -> str:
+        passes: Any = {"post_grad_custom_post_pass": VllmMoEPass(options)}
+        return CompilationConfig(inductor_passes=passes).compute_hash()
+
+    assert key() == key() != key(strategy="alltoall")
+    assert key(overlap=2, strategy="alltoall") != key(strategy="alltoall")
+    assert CompilationConfig().compute_hash() != key()
+
+
+def test_the_name_in_the_configuration_is_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CompilationConfig(inductor_passes={"post_grad_custom_post_pass": "moe_fx.vllm_pass"})
+    found = config.inductor_compile_config["post_grad_custom_post_pass"]
+    assert isinstance(found, VllmMoEPass)
+    sent = pickle.loads(pickle.dumps(copy.deepcopy(found)))
+    assert sent.uuid() == found.uuid()
+    monkeypatch.setenv("MOE_FX_VLLM_OPTIONS", '{"strategy": "alltoall"}')
+    assert VllmMoEPass().options.strategy == "alltoall"
+    monkeypatch.setenv("MOE_FX_VLLM_OPTIONS", '{"stratgy": "alltoall"}')
+    with pytest.raises(ConfigurationError, match="MOE_FX_VLLM_OPTIONS: stratgy"):
+        VllmMoEPass()
+
+
+def test_few_tokens_are_left_to_vllm() -> None:
+    own = VllmMoEPass({"min_tokens": 32})
+    assert not own.is_applicable_for_range(Range(start=1, end=31))
+    assert own.is_applicable_for_range(Range(start=32, end=64))
