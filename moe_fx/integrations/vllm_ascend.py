@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
 from moe_fx.ascend.compile import device_pass
+from moe_fx.graph_pass import module_of
 from moe_fx.integrations.vllm import ops
 from moe_fx.integrations.vllm.steps import Steps
 from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
@@ -37,7 +38,10 @@ _CAPTURING_HOOK = "post_grad_custom_pre_pass"
 
 
 def register() -> None:
-    """Called once, by `moe_fx.integrations.vllm.register`, where vLLM-Ascend is installed."""
+    """Called by `moe_fx.integrations.vllm.register` where vLLM-Ascend is installed; again it does
+    nothing."""
+    if isinstance(ops.steps, AscendSteps):
+        return
     from vllm_ascend.compilation import compiler_interface
     from vllm_ascend.compilation.graph_fusion_pass_manager import GraphFusionPassManager
 
@@ -95,10 +99,9 @@ class _Whole:
 
 
 def _run(wanted: VllmMoEPass, graph: Graph | GraphModule, base: str) -> None:
-    inner = graph.graph if isinstance(graph, GraphModule) else graph
-    report = wanted.open(inner, captured=base == "npugraph_ex")
+    module = graph if isinstance(graph, GraphModule) else module_of(graph)
+    report = wanted.open(module.graph, captured=base == "npugraph_ex")
     if report.plans:
-        module = graph if isinstance(graph, GraphModule) else inner.owning_module
         device_pass(Options(base=base), report)(module)
 
 

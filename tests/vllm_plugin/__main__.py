@@ -1,14 +1,26 @@
-"""The vLLM suite in its own environment: ``python -m tests.vllm_plugin [PYTEST ARGUMENTS]``."""
+"""The vLLM suite in its own environment: ``python -m tests.vllm_plugin [PYTEST ARGUMENTS]``.
+
+Then, in the same environment with torch_npu beside (`tests.npu.environment`), the part of it that
+is about vLLM-Ascend.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.vllm_plugin.environment import Unavailable, environment
+from tests.vllm_plugin.environment import Unavailable, ascend_sources, environment
 
 _FOLDER = Path(__file__).parent
+_ROOT = _FOLDER.parents[1]
+_PRINT_NPU = (
+    "from tests.npu.environment import environment as e, Unavailable\n"
+    "try: print(e().python, e().libraries)\n"
+    "except Unavailable as reason: print(reason)"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -17,8 +29,30 @@ def main(arguments: list[str]) -> int:
     except Unavailable as reason:
         print(f"SKIPPED: the vLLM suite did not run: {reason}", file=sys.stderr)
         return 0
-    command = [str(python), "-m", "pytest", "-m", "", str(_FOLDER), *arguments]
-    return subprocess.run(command, cwd=_FOLDER.parents[1]).returncode
+    failed = _pytest([str(python)], _FOLDER, arguments, dict(os.environ))
+    printed = subprocess.run(
+        [str(python), "-c", _PRINT_NPU], cwd=_ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    if len(printed) != 2:
+        print(f"SKIPPED: vLLM-Ascend's routes: {' '.join(printed)}", file=sys.stderr)
+        return failed
+    npu_python, libraries = printed
+    others = {name: value for name, value in os.environ.items() if name != "CI"}
+    own = {
+        "LD_LIBRARY_PATH": libraries,
+        "CANN_SHIM_SOC": "Ascend910_9392",
+        "PYTHONPATH": str(ascend_sources(python)),
+    }
+    return _pytest([npu_python], _FOLDER / "ascend", arguments, others | own) or failed
+
+
+def _pytest(
+    python: list[str], folder: Path, arguments: Sequence[str], variables: dict[str, str]
+) -> int:
+    """``-m ''``: what is slow too. No test chosen by the arguments is no failure."""
+    command = [*python, "-m", "pytest", "-m", "", str(folder), *arguments]
+    code = subprocess.run(command, cwd=_ROOT, env=variables).returncode
+    return 0 if code == 5 else code
 
 
 if __name__ == "__main__":

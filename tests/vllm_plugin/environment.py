@@ -38,10 +38,10 @@ def environment() -> Path:
     return python
 
 
-def ascend_sources() -> Path:
-    """The Python files of vLLM-Ascend, which can't be installed beside vLLM for CPUs."""
-    [folder] = Path(sys.prefix).parent.glob("vllm-ascend")
-    return folder
+def ascend_sources(python: Path) -> Path:
+    """vLLM-Ascend as its wheel has it, for the environment of ``python``: it can't be installed
+    beside vLLM for CPUs."""
+    return python.parents[2] / "vllm-ascend"
 
 
 def _remove_stale() -> None:
@@ -64,6 +64,8 @@ def _make(python: Path) -> None:
             _run(*pip, "download", "-q", *only, "-d", downloads, VLLM_ASCEND)
             [wheel] = Path(downloads).glob("*.whl")
             shutil.unpack_archive(wheel, venv.parent / "vllm-ascend", "zip")
+        for metadata in venv.parent.glob("vllm-ascend/*.dist-info"):
+            shutil.rmtree(metadata)  # by which vLLM would take it for its platform
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "no message").strip().splitlines()[-1]
         raise Unavailable(f"{VLLM} can't be installed: {last}") from error

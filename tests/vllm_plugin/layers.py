@@ -13,19 +13,20 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-
-from moe_fx.integrations.vllm import layout, ops
+from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.utils.torch_utils import LayerName
 
-EXPERTS, TOP_K, HIDDEN, WIDTH = 8, 2, 16, 24
+from moe_fx.integrations.vllm import layout, ops
+
+EXPERTS, TOP_K, HIDDEN, WIDTH = 8, 2, 32, 32
 NAME = "model.layers.0.mlp.experts"
 
 
 def weights() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    up = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator)
+    up = torch.randn(EXPERTS, HIDDEN, 2 * WIDTH, generator=generator)
     return up / HIDDEN**0.5, torch.randn(EXPERTS, WIDTH, HIDDEN, generator=generator) / WIDTH**0.5
 
 
@@ -42,7 +43,8 @@ def select(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_expert(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return nn.functional.silu(rows @ up) @ down
+    gate, linear = (rows @ up).chunk(2, -1)
+    return (nn.functional.silu(gate) * linear) @ down
 
 
 def dense(x: Tensor, logits: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ class Experts(nn.Module):
         super().__init__()
         self.pairs = list(zip(*(table[first : first + count] for table in weights()), strict=True))
         self.quant_method = SimpleNamespace(moe_kernel=None)
+        self.log2phy = None  # vLLM-Ascend's experts have one
         self.expert_map_manager = SimpleNamespace(placement_strategy="linear")
 
     def _ensure_moe_quant_config_init(self) -> None: ...
@@ -140,6 +143,21 @@ def routed(x: Tensor, logits: Tensor) -> Tensor:
 def routed_and_shared(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     shared, result = torch.ops.vllm.moe_forward_shared(x, logits, x, None, LayerName(NAME), 0)
     return shared * 1, result * 1
+
+
+def inlined(rank: int, world: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The layer as vLLM writes it out on CPUs, with this rank's weights as its kernel has them."""
+    local = EXPERTS // world
+    up, down = (table[rank * local :][:local].transpose(1, 2).contiguous() for table in weights())
+    packed = [cpu_prepack_moe_weight(table, "vec") for table in (up, down)]
+
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        factors, ids = select(logits)
+        result = torch.empty_like(x)
+        cpu_fused_moe(result, x, *packed, None, None, factors, ids, "silu", "vec")
+        return result
+
+    return run
 
 
 def compiled(function: Callable[..., Any], own: Callable[[Any], Any]) -> Callable[..., Any]:

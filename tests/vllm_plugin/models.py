@@ -11,7 +11,7 @@ import transformers as hf
 _COMMON: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "glm4_moe": (
         hf.Glm4MoeConfig,
         hf.Glm4MoeForCausalLM,
-        {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 0},
     ),
 }
 

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
 from torch.testing import assert_close
-
-from moe_fx.errors import ConfigurationError
-from moe_fx.integrations.vllm import register
-from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
-from moe_fx.testing import RankError, RankPool
-from tests.vllm_plugin import layers
 from vllm.config import CompilationConfig
 from vllm.config.utils import Range
 
+from moe_fx.errors import ConfigurationError
+from moe_fx.integrations.vllm import register, vllm_pass
+from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
+from moe_fx.testing import RankError, RankPool
+from tests.vllm_plugin import layers
+
+pytestmark = pytest.mark.vllm
+
 
 def opened(
-    rank: int, different: bool, options: dict[str, Any], counts: list[int], shared: bool
+    rank: int, different: bool, options: dict[str, Any], counts: list[int], form: str
 ) -> list[str]:
     """What was planned; ``counts``: tokens of each call, dynamic where more than one."""
     world = dist.get_world_size()
     own = VllmMoEPass(options)
-    function = layers.routed_and_shared if shared else layers.routed
+    function: Any = {
+        "routed": layers.routed,
+        "routed and shared": layers.routed_and_shared,
+        "inlined": layers.inlined(rank, world),
+    }[form]
     layer = layers.runner(rank, world, different)
     torch._dynamo.reset()
     with (
@@ -43,7 +51,7 @@ def opened(
                 torch._dynamo.mark_dynamic(given, 0)
                 torch._dynamo.mark_dynamic(logits, 0)
             result = run(given, logits)
-            if shared:
+            if form == "routed and shared":
                 assert_close(result[0], 3 * x)
                 result = result[1]
             whole = result if different else layers.all_reduced(result)
@@ -51,7 +59,7 @@ def opened(
     return [plan.strategy for report in own.reports for plan in report.plans]
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("form", ["routed", "routed and shared"])
 @pytest.mark.parametrize("counts", [[6], [7, 5, 3]], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     "different, strategy, overlap",
@@ -70,15 +78,24 @@ def test_by_value(
     strategy: str,
     overlap: int,
     counts: list[int],
-    shared: bool,
+    form: str,
 ) -> None:
     options = {"strategy": strategy, "overlap": overlap, "strict": True}
-    assert ranks2.run(opened, different, options, counts, shared) == [[strategy]] * 2
+    assert ranks2.run(opened, different, options, counts, form) == [[strategy]] * 2
+
+
+@pytest.mark.parametrize("counts", [[6], [7, 5, 3]], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "strategy, overlap", [("replicated", 1), ("alltoall", 1), ("alltoall", 4), ("allgather", 1)]
+)
+def test_inlined_by_value(ranks2: RankPool, strategy: str, overlap: int, counts: list[int]) -> None:
+    options = {"strategy": strategy, "overlap": overlap, "strict": True}
+    assert ranks2.run(opened, False, options, counts, "inlined") == [[strategy]] * 2
 
 
 @pytest.mark.parametrize("different, chosen", [(False, "replicated"), (True, "alltoall")])
 def test_auto(ranks2: RankPool, different: bool, chosen: str) -> None:
-    assert ranks2.run(opened, different, {}, [6], True) == [[chosen]] * 2
+    assert ranks2.run(opened, different, {}, [6], "routed") == [[chosen]] * 2
 
 
 REFUSED = [
@@ -88,7 +105,7 @@ REFUSED = [
     ({"pcp_size": 2}, {}, "prefill context parallelism"),
     ({"num_experts": 9}, {}, "9 experts are not a multiple of 2 ranks"),
     ({"is_lora_enabled": True}, {}, "LoRA"),
-    ({"hidden_dim": 24}, {}, "the layers take [T, 24]"),
+    ({"hidden_dim": 64}, {}, "the layers take [T, 64]"),
     ({"data_parallel": True}, {"strategy": "replicated"}, "different tokens"),
     ({"data_parallel": True}, {"min_tokens": 5}, "one in an opened graph would wait"),
 ]
@@ -123,13 +140,23 @@ def test_what_does_not_fit_is_left_alone(
         assert reason in said
 
 
+def on_another_platform(rank: int) -> str:
+    with mock.patch.object(vllm_pass, "current_platform", SimpleNamespace(is_cpu=lambda: False)):
+        return left_alone(rank, {}, {})
+
+
+def test_kernels_that_skip_other_ranks_experts_are_left_alone(ranks2: RankPool) -> None:
+    for said in ranks2.run(on_another_platform):
+        assert "nothing would be gained" in said
+
+
 def test_strict_raises(ranks2: RankPool) -> None:
     with pytest.raises(RankError, match="not every MoE layer was opened"):
-        ranks2.run(opened, True, {"strategy": "replicated", "strict": True}, [6], True)
+        ranks2.run(opened, True, {"strategy": "replicated", "strict": True}, [6], "routed")
 
 
 def other_plans(rank: int) -> None:
-    opened(rank, True, {"overlap": 1 + rank, "agree_timeout": 20}, [6], False)
+    opened(rank, True, {"overlap": 1 + rank, "agree_timeout": 20}, [6], "routed")
 
 
 def test_ranks_that_differ_do_not_hang(ranks2: RankPool) -> None:

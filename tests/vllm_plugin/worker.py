@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.cpu_worker import CPUWorker
