@@ -31,7 +31,7 @@ from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
 
-if "vllm" in sys.modules:  # whose configuration asks for ``moe_fx.vllm_pass`` by name
+if "vllm.config.compilation" in sys.modules:  # it asks for ``moe_fx.vllm_pass`` by name
     from moe_fx.integrations.vllm import register
 
     register()

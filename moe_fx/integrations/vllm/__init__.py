@@ -11,19 +11,26 @@ vLLM finds `register` by its entry point ``vllm.general_plugins``, in each of it
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 __all__ = ["register"]
+
+log = logging.getLogger("moe_fx")
 
 
 def register() -> None:
     """Make ``moe_fx.vllm_pass`` what vLLM looks up by name, with the options in the environment
-    variable `ENVIRONMENT`, and define the ops of opened layers. Called again it does nothing."""
+    variable `MOE_FX_VLLM_OPTIONS`, and define the ops of opened layers. Called again it does nothing;
+    with a vLLM that has not what the pass needs it says so and does nothing either."""
     import moe_fx
 
     if "vllm_pass" in vars(moe_fx):
         return
-    from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
-
+    try:
+        from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
+    except ImportError as missing:
+        log.warning("moe_fx's pass does not fit this vLLM (docs/vllm.md): %s", missing)
+        return
     if importlib.util.find_spec("vllm_ascend") is not None:
         from moe_fx.integrations import vllm_ascend
 

@@ -143,6 +143,7 @@ class _Opened:
             tables=(),
             gathers=(),
             roles={},
+            distinct=False,  # a router may be any function
         )
 
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -179,8 +180,7 @@ class _Emitter(Emitter):
 def _replicated(emitter: Emitter, layout: Layout) -> Node:
     parts, call, item = emitter.parts, emitter.call, emitter.item
     first = layout.rank * layout.local_experts
-    most = min(layout.top_k, layout.local_experts)
-    where = (first, layout.local_experts, 1, most, None, False)
+    where = (first, layout.local_experts, 1, layout.top_k, None, False)
     permuted = call(ops.permute_local.default, parts.tokens, parts.ids, *where)
     rows, row_map, counts = (item(permuted, at) for at in range(3))
     result = emitter.experts(rows, counts)
