@@ -20,8 +20,8 @@ log = logging.getLogger("moe_fx")
 
 def register() -> None:
     """Make ``moe_fx.vllm_pass`` what vLLM looks up by name, with the options in the environment
-    variable `MOE_FX_VLLM_OPTIONS`, and define the ops of opened layers. Called again it does nothing;
-    with a vLLM that has not what the pass needs it says so and does nothing either."""
+    variable `MOE_FX_VLLM_OPTIONS`, and define the ops of opened layers. Called again it does
+    nothing; with a vLLM that has not what the pass needs it says so and does nothing either."""
     import moe_fx
 
     if "vllm_pass" in vars(moe_fx):
