@@ -61,7 +61,6 @@ class Experts(nn.Module):
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
         self.pairs = list(zip(*(table[first : first + count] for table in weights()), strict=True))
-        self.quant_method = SimpleNamespace(moe_kernel=None)
         self.log2phy = None  # vLLM-Ascend's experts have one
         self.expert_map_manager = SimpleNamespace(placement_strategy="linear")
 
@@ -78,7 +77,16 @@ class Router:
         return select(router_logits)
 
 
-def runner(rank: int, world: int, data_parallel: bool = False, **config: Any) -> MoERunner:
+def runner(
+    rank: int,
+    world: int,
+    data_parallel: bool = False,
+    weighs_tokens: bool = False,
+    fuses_gate: bool = False,
+    monolithic: bool = False,
+    kernel: Any = None,
+    **config: Any,
+) -> MoERunner:
     """``config``: what differs from a layer that can be opened."""
     local = EXPERTS // world
     parallel: dict[str, Any] = {
@@ -108,7 +116,9 @@ def runner(rank: int, world: int, data_parallel: bool = False, **config: Any) ->
     layer.routed_experts = Experts(rank * local, local)
     layer.router = Router()
     layer.gate = None
-    layer._fse_fuse_gate = False
+    layer._fse_fuse_gate = fuses_gate
+    layer.routed_experts.apply_router_weight_on_input = weighs_tokens
+    layer.routed_experts.quant_method = SimpleNamespace(moe_kernel=kernel, is_monolithic=monolithic)
     layer._shared_experts = SimpleNamespace(_layer=lambda x: 3 * x)
     return layer
 

@@ -21,7 +21,8 @@ class Layout:
     """What all MoE layers of a model have in common.
 
     tensor_parallel: ranks that have the same tokens; different_tokens: the ranks of the group do
-    not all have the same. hidden: features of the tokens that meet the experts.
+    not all have the same; kernels_exchange: where they have not, kernels dispatch and combine
+    themselves. hidden: features of the tokens that meet the experts.
     """
 
     num_experts: int
@@ -33,6 +34,7 @@ class Layout:
     tensor_parallel: int
     tensor_rank: int
     different_tokens: bool
+    kernels_exchange: bool
 
     @property
     def local_experts(self) -> int:
@@ -89,4 +91,5 @@ def _of(name: str, runner: Any) -> Layout:
         tensor_parallel=tensor_parallel.world_size,
         tensor_rank=tensor_parallel.rank_in_group,
         different_tokens=parallel.dp_size > 1,
+        kernels_exchange=runner.routed_experts.quant_method.moe_kernel is not None,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.platforms import current_platform
 
 
@@ -15,8 +16,15 @@ class Steps:
 
     def misfit(self, layer: Any) -> str:
         """Why a layer can't be taken apart, or ""."""
-        if layer.moe_config.moe_parallel_config.enable_eplb:
+        parallel = layer.moe_config.moe_parallel_config
+        if parallel.enable_eplb:
             return "its experts are balanced over ranks while it runs (EPLB)"
+        if layer.routed_experts.quant_method.is_monolithic:
+            return "its kernel routes tokens itself"
+        if layer.routed_experts.apply_router_weight_on_input:
+            return "its routing weights multiply tokens, not the experts' results"
+        if isinstance(layer.router, ZeroExpertRouter):
+            return "its router computes experts that do nothing"
         if layer._fse_fuse_gate:
             return "its router scores the shared expert too"
         if layer.moe_config.use_deferred_moe_finalize:

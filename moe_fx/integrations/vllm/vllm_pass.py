@@ -109,6 +109,8 @@ class VllmMoEPass(InductorPass):
             )
         if wanted == REPLICATED and differing:
             raise Unsupported("strategy='replicated': data-parallel ranks have different tokens")
+        if differing and where.kernels_exchange:
+            raise Unsupported("data parallel: the layers' kernels exchange tokens themselves")
         if differing and self.options.min_tokens > 0:
             raise Unsupported(
                 f"min_tokens={self.options.min_tokens}: data-parallel ranks have different numbers "
