@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from vllm.compilation.passes.inductor_pass import get_pass_context
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
 from moe_fx.ascend.compile import device_pass
@@ -94,8 +95,8 @@ class _Whole:
         self.wanted = wanted
 
     def __call__(self, module: GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-        _run(self.wanted, module, "npugraph_ex")
-        module.recompile()
+        if self.wanted.is_applicable_for_range(get_pass_context().compile_range):
+            _run(self.wanted, module, "npugraph_ex")
 
 
 def _run(wanted: VllmMoEPass, graph: Graph | GraphModule, base: str) -> None:

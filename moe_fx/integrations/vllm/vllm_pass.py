@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
@@ -57,28 +57,22 @@ class VllmMoEPass(InductorPass):
         """Rewrite ``graph`` in place; exchanges stand where they were put. captured: what becomes
         of it will be captured, so that nothing in it may wait for the device."""
         report = Report(graphs=1)
-        plan: ExchangePlan | None = None
         found: list[Site] = []
-        module = copy_graph(module_of(graph))
-        origin = dict(zip(module.graph.nodes, graph.nodes, strict=True))
         try:
-            found = list(sites(module.graph))
-            if found:
-                plan, shape = self._plan(found, captured)
-                for site in found:
-                    site.check(shape)
+            found = list(sites(graph))
+            if not found:
+                return report
+            plan, where = self._plan(found, captured)
+            for site in found:
+                site.check(where)
         except Unsupported as reason:
-            plan = None
             report.declined += [_declined(site, str(reason)) for site in found]
             if not found:
                 report.declined.append(Declined(str(reason), "", ""))
-        if plan is not None:
-            for site in found:
-                open_layer(module.graph, site, shape, plan)
+        else:
             report.plans += [plan] * len(found)
-            self._finish(graph, module, origin, report)
-        if report.plans or report.declined:
-            self._tell(report)
+            self._rewrite(graph, where, report)
+        self._tell(report)
         return report
 
     def _plan(self, found: list[Site], captured: bool) -> tuple[ExchangePlan, Layout]:
@@ -127,9 +121,11 @@ class VllmMoEPass(InductorPass):
             "themselves: nothing would be gained (strategy='alltoall' opens it all the same)"
         )
 
-    def _finish(
-        self, graph: Graph, module: GraphModule, origin: dict[Any, Any], report: Report
-    ) -> None:
+    def _rewrite(self, graph: Graph, where: Layout, report: Report) -> None:
+        module = copy_graph(module_of(graph))
+        origin = dict(zip(module.graph.nodes, graph.nodes, strict=True))
+        for site, plan in zip(list(sites(module.graph)), report.plans, strict=True):
+            open_layer(module.graph, site, where, plan)
         module.graph.eliminate_dead_code()
         agree_when_run(module, report, self.options.agree_timeout)
         splice(graph, module, origin)

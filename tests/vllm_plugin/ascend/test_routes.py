@@ -157,6 +157,14 @@ def test_what_waits_for_the_device_is_not_captured(ranks2: RankPool) -> None:
     assert any("moe_forward_shared" in node for node in result.nodes)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_ranges_of_few_tokens_are_left_alone(ranks2: RankPool, whole: bool) -> None:
+    options = {"strategy": "replicated", "min_tokens": RANGE.end + 1}
+    result = on_device(ranks2, by_vllm_ascend, whole, options, False, 7)
+    assert (result.plans, result.declined) == ([], [])
+    assert any("moe_forward_shared" in node for node in result.nodes)
+
+
 def test_auto_takes_what_can_be_captured(ranks2: RankPool) -> None:
     assert on_device(ranks2, by_vllm_ascend, True, {}, True, 7).plans == ["allgather"]
     assert on_device(ranks2, by_vllm_ascend, False, {}, True, 7).plans == ["alltoall"]
