@@ -117,6 +117,9 @@ class AscendSteps(Steps):
             return "its shared experts are among the routed ones (mix_placement)"
         return super().misfit(layer)
 
+    def may_reduce(self, layer: Any) -> bool:
+        return True  # it depends on how a step communicates
+
     def route(
         self, layer: Any, hidden_states: Tensor, router_logits: Tensor, input_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -72,6 +73,16 @@ class Experts(nn.Module):
         return torch.stack(results)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What a layer's kernel says of its result."""
+
+    reduces: bool
+
+    def output_is_reduced(self) -> bool:
+        return self.reduces
+
+
 class Router:
     def select_experts(self, router_logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         return select(router_logits)
@@ -84,7 +95,7 @@ def runner(
     weighs_tokens: bool = False,
     fuses_gate: bool = False,
     monolithic: bool = False,
-    kernel: Any = None,
+    kernel: Kernel | None = None,
     **config: Any,
 ) -> MoERunner:
     """``config``: what differs from a layer that can be opened."""

@@ -26,7 +26,12 @@ pytestmark = pytest.mark.vllm
 
 
 def opened(
-    rank: int, different: bool, options: dict[str, Any], counts: list[int], form: str
+    rank: int,
+    different: bool,
+    options: dict[str, Any],
+    counts: list[int],
+    form: str,
+    reduces: bool = False,
 ) -> list[str]:
     """What was planned; ``counts``: tokens of each call, dynamic where more than one."""
     world = dist.get_world_size()
@@ -36,7 +41,8 @@ def opened(
         "routed and shared": layers.routed_and_shared,
         "inlined": layers.inlined(rank, world),
     }[form]
-    layer = layers.runner(rank, world, different)
+    kernel = layers.Kernel(reduces=True) if reduces else None
+    layer = layers.runner(rank, world, different, kernel=kernel)
     torch._dynamo.reset()
     with (
         layers.running(layer, dist.group.WORLD, not different),
@@ -54,7 +60,7 @@ def opened(
             if form == "routed and shared":
                 assert_close(result[0], 3 * x)
                 result = result[1]
-            whole = result if different else layers.all_reduced(result)
+            whole = result if different or reduces else layers.all_reduced(result)
             assert_close(whole, layers.dense(x, logits), atol=1e-5, rtol=1e-5)
     return [plan.strategy for report in own.reports for plan in report.plans]
 
@@ -91,6 +97,13 @@ def test_inlined_by_value(ranks2: RankPool, strategy: str, overlap: int) -> None
     assert ranks2.run(opened, False, options, [7, 5, 3], "inlined") == [[strategy]] * 2
 
 
+@pytest.mark.parametrize("strategy", ["replicated", "alltoall"])
+def test_a_result_that_vllm_takes_for_reduced_is(ranks2: RankPool, strategy: str) -> None:
+    options = {"strategy": strategy, "strict": True}
+    planned = ranks2.run(opened, False, options, [6], "routed and shared", True)
+    assert planned == [[strategy]] * 2
+
+
 @pytest.mark.parametrize("different, chosen", [(False, "replicated"), (True, "alltoall")])
 def test_auto(ranks2: RankPool, different: bool, chosen: str) -> None:
     assert ranks2.run(opened, different, {}, [6], "routed") == [[chosen]] * 2
@@ -107,7 +120,11 @@ REFUSED = [
     ({"weighs_tokens": True}, {}, "routing weights multiply tokens"),
     ({"fuses_gate": True}, {}, "scores the shared expert too"),
     ({"monolithic": True}, {}, "routes tokens itself"),
-    ({"data_parallel": True, "kernel": "any"}, {}, "kernels exchange tokens themselves"),
+    (
+        {"data_parallel": True, "kernel": layers.Kernel(reduces=False)},
+        {},
+        "kernels exchange tokens themselves",
+    ),
     ({"hidden_dim": 64}, {}, "the layers take [T, 64]"),
     ({"data_parallel": True}, {"strategy": "replicated"}, "different tokens"),
     ({"data_parallel": True}, {"min_tokens": 5}, "one in an opened graph would wait"),

@@ -22,7 +22,8 @@ class Layout:
 
     tensor_parallel: ranks that have the same tokens; different_tokens: the ranks of the group do
     not all have the same; kernels_exchange: where they have not, kernels dispatch and combine
-    themselves. hidden: features of the tokens that meet the experts.
+    themselves; may_be_reduced: vLLM may take routed results for summed. hidden: features of the
+    tokens that meet the experts.
     """
 
     num_experts: int
@@ -35,6 +36,7 @@ class Layout:
     tensor_rank: int
     different_tokens: bool
     kernels_exchange: bool
+    may_be_reduced: bool
 
     @property
     def local_experts(self) -> int:
@@ -92,4 +94,5 @@ def _of(name: str, runner: Any) -> Layout:
         tensor_rank=tensor_parallel.rank_in_group,
         different_tokens=parallel.dp_size > 1,
         kernels_exchange=runner.routed_experts.quant_method.moe_kernel is not None,
+        may_be_reduced=ops.steps.may_reduce(runner),
     )

@@ -85,7 +85,9 @@ class _Opened:
         if not self.site.opaque:
             return {"output": routed}
         name = self.given["layer_name"]
-        results = {"routed": emitter.call(own_ops.reduced.default, routed, name)}
+        if self.layout.may_be_reduced:
+            routed = emitter.call(own_ops.reduced.default, routed, name)
+        results = {"routed": routed}
         if "shared" in self.site.results.values():
             source = self.given["shared_experts_input"]
             results["shared"] = self.call(

@@ -31,6 +31,10 @@ class Steps:
             return "its results are summed by what reads them"
         return ""
 
+    def may_reduce(self, layer: Any) -> bool:
+        """Whether vLLM may take the routed result for summed over tensor-parallel ranks."""
+        return bool(layer._fused_output_is_reduced)
+
     def route(
         self, layer: Any, hidden_states: Tensor, router_logits: Tensor, input_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
