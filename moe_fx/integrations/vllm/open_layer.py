@@ -80,8 +80,8 @@ class _Opened:
         if self.sharing > 1:
             place = own_ops.place_tokens.default
             routed = emitter.call(place, routed, tokens, self.sharing, self.part)
-        else:
-            routed = emitter.call(aten._to_copy.default, routed, dtype=tokens.meta["val"].dtype)
+        elif (dtype := tokens.meta["val"].dtype) != torch.float32:  # that of routing weights
+            routed = emitter.call(aten._to_copy.default, routed, dtype=dtype)
         if not self.site.opaque:
             return {"output": routed}
         name = self.given["layer_name"]
