@@ -69,8 +69,9 @@ class Experts(nn.Module):
 
     def forward_modular(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         assert topk_ids.shape == (len(x), 1) and bool((topk_weights == 1).all())
-        results = [one_expert(row, *self.pairs[int(i)]) for row, i in zip(x, topk_ids, strict=True)]
-        return torch.stack(results)
+        pairs = [self.pairs[int(expert)] for expert in topk_ids]
+        results = [one_expert(row.float(), *pair) for row, pair in zip(x, pairs, strict=True)]
+        return torch.stack(results).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def opened(
     counts: list[int],
     form: str,
     reduces: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[str]:
     """What was planned; ``counts``: tokens of each call, dynamic where more than one."""
     world = dist.get_world_size()
@@ -52,16 +53,18 @@ def opened(
         run = layers.compiled(function, own)
         for count in counts:
             x, logits = layers.tokens(rank if different else 0, count)
-            given = x.clone()
+            given = x.to(dtype, copy=True)
             if len(counts) > 1:
                 torch._dynamo.mark_dynamic(given, 0)
                 torch._dynamo.mark_dynamic(logits, 0)
             result = run(given, logits)
             if form == "routed and shared":
-                assert_close(result[0], 3 * x)
+                assert_close(result[0], 3 * x.to(dtype))
                 result = result[1]
             whole = result if different or reduces else layers.all_reduced(result)
-            assert_close(whole, layers.dense(x, logits), atol=1e-5, rtol=1e-5)
+            assert whole.dtype == dtype
+            close = 1e-5 if dtype == torch.float32 else 5e-2
+            assert_close(whole.float(), layers.dense(x, logits), atol=close, rtol=close)
     return [plan.strategy for report in own.reports for plan in report.plans]
 
 
@@ -102,6 +105,38 @@ def test_a_result_that_vllm_takes_for_reduced_is(ranks2: RankPool, strategy: str
     options = {"strategy": strategy, "strict": True}
     planned = ranks2.run(opened, False, options, [6], "routed and shared", True)
     assert planned == [[strategy]] * 2
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "alltoall", "allgather"])
+def test_in_bfloat16(ranks2: RankPool, strategy: str) -> None:
+    options = {"strategy": strategy, "strict": True}
+    form, dtype = "routed and shared", torch.bfloat16
+    assert ranks2.run(opened, False, options, [6], form, False, dtype) == [[strategy]] * 2
+
+
+def names_given(rank: int) -> list[bool]:
+    """Whether each op that needs the layer gets its name from outside of the graph."""
+    found: list[bool] = []
+    own = VllmMoEPass({"strategy": "replicated", "strict": True})
+
+    def look(graph: Any) -> None:
+        own(graph)
+        needing = [n for n in graph.nodes if str(n.target).startswith("moe_fx_vllm.")]
+        found.extend(any(i.op == "placeholder" for i in n.all_input_nodes[-1:]) for n in needing)
+
+    with (
+        layers.running(layers.runner(rank, 2), dist.group.WORLD, True),
+        torch._inductor.config.patch(enable_auto_functionalized_v2=False),
+        torch.no_grad(),
+    ):
+        torch._dynamo.reset()
+        layers.compiled(layers.routed_and_shared, look)(*layers.tokens(0, 6))
+    return found
+
+
+def test_layers_may_share_a_graph(ranks2: RankPool) -> None:
+    """Their names are arguments of it: of route, experts and shared."""
+    assert ranks2.run(names_given) == [[True] * 3] * 2
 
 
 @pytest.mark.parametrize("different, chosen", [(False, "replicated"), (True, "alltoall")])
