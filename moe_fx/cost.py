@@ -31,6 +31,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from moe_fx.link import Link
+from moe_fx.ops.cuts import shares
 from moe_fx.plan import Span
 from moe_fx.rates import Compute
 
@@ -98,23 +99,33 @@ def fill(top_k: int, world_size: int, most: int, capacity_factor: float | None) 
 
 @dataclass(frozen=True)
 class Choice:
-    """The exchange is cut into ``expert_slices * token_slices`` pieces: by experts each GEMM stays
-    whole, by tokens each piece has rows of every expert. strategy, capacity_factor: as in
-    `moe_fx.plan.ExchangePlan`."""
+    """The exchange is cut into chunks: by experts each GEMM stays whole, by tokens each chunk has
+    rows of every expert, by rows (instead of both) some experts are cut in two. strategy,
+    capacity_factor: as in `moe_fx.plan.ExchangePlan`."""
 
     expert_slices: int = 1
     token_slices: int = 1
     strategy: str = "alltoall"
     capacity_factor: float | None = None
+    row_slices: int = 1
 
     @property
-    def pieces(self) -> int:
-        return self.expert_slices * self.token_slices
+    def chunks(self) -> int:
+        return self.expert_slices * self.token_slices * self.row_slices
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the rows, of each piece."""
+        if self.row_slices > 1:
+            return [part / (2 * self.row_slices) for part in shares(self.row_slices)]
+        return [1 / self.chunks] * self.chunks
 
     def legal(self, layer: Layer) -> bool:
         if self.expert_slices < 1 or not 1 <= self.token_slices <= max(1, layer.tokens):
             return False
-        if self.strategy != "alltoall" and self.expert_slices > 1:
+        if self.strategy != "alltoall" and self.expert_slices * self.row_slices > 1:
+            return False
+        if self.row_slices > 1 and (layer.training or self.chunks > self.row_slices):
             return False
         return layer.local_experts % self.expert_slices == 0
 
@@ -154,7 +165,7 @@ def choose(
 ) -> tuple[Choice, list[Prediction]]:
     """The best candidate, and what is predicted for each, in the order given.
 
-    Fewer pieces unless more save over 2 % (`WORTHWHILE`) of the time, token slices 2 % more each
+    Fewer chunks unless more save over 2 % (`WORTHWHILE`) of the time, token slices 2 % more each
     time that they double (`UNCERTAIN`); then the fastest; then the first.
     """
     if not candidates:
@@ -165,7 +176,7 @@ def choose(
         for p, c in zip(predictions, candidates, strict=True)
     ]
     near = [i for i, seconds in enumerate(held) if min(held) >= seconds * (1 - WORTHWHILE)]
-    best = min(near, key=lambda i: (candidates[i].pieces, held[i], i))
+    best = min(near, key=lambda i: (candidates[i].chunks, held[i], i))
     return candidates[best], predictions
 
 
@@ -174,15 +185,14 @@ def choose(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Seconds of compute before, per piece and after; bytes a rank sends to others per piece, on
-    the way to the experts and back."""
+    """Seconds of compute before, of each piece and after; bytes a rank sends to others, of each
+    piece, on the way to the experts and back."""
 
     before: float
-    dispatch: float
-    work: float
-    combine: float
+    dispatch: Sequence[float]
+    work: Sequence[float]
+    combine: Sequence[float]
     after: float
-    pieces: int = 1
 
 
 def timeline(layer: Layer, link: Link, compute: Compute, choice: Choice) -> tuple[Span, ...]:
@@ -198,13 +208,12 @@ def simulate(pipeline: Pipeline, link: Link, spans: list[Span] | None = None) ->
     clock = _Clock(wire)
     clock.work(pipeline.before)
     clock.wait(wire.queue(0.0))  # the counts
-    indices = range(pipeline.pieces)
-    arrivals = [wire.queue(pipeline.dispatch) for _ in indices]
+    arrivals = [wire.queue(num_bytes) for num_bytes in pipeline.dispatch]
     returns = []
-    for piece in indices:
-        clock.wait(arrivals[piece])
-        clock.work(pipeline.work)
-        returns.append(wire.queue(pipeline.combine))
+    for arrival, work, num_bytes in zip(arrivals, pipeline.work, pipeline.combine, strict=True):
+        clock.wait(arrival)
+        clock.work(work)
+        returns.append(wire.queue(num_bytes))
     for number in returns:
         clock.wait(number)
     clock.work(pipeline.after)
@@ -288,42 +297,46 @@ class _Clock:
 
 def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
     """Rows go to the ranks of their experts: permute, (regroup, experts, regroup), join, sum."""
-    rows = layer.rows * layer.skew / choice.pieces
-    slots = rows
+    all_rows = all_slots = layer.rows * layer.skew
     if choice.strategy == "padded_alltoall":
-        slots = layer.rows / layer.fill(choice.capacity_factor) / choice.pieces
-    travelling = slots * (layer.world_size - 1) / layer.world_size
-    experts = layer.local_experts // choice.expert_slices
-    work = _experts(layer, compute, rows, slots, experts, backward)
-    work += compute.copy_seconds(slots * (layer.dispatch_bytes + layer.combine_bytes))
+        all_slots = layer.rows / layer.fill(choice.capacity_factor)
+    travelling = all_slots * (layer.world_size - 1) / layer.world_size
+    work = []
+    for share in choice.shares:
+        experts = layer.local_experts / choice.expert_slices
+        if choice.row_slices > 1:
+            experts = max(1.0, layer.local_experts * share)
+        rows, slots = all_rows * share, all_slots * share
+        seconds = _experts(layer, compute, rows, slots, experts, choice, backward)
+        seconds += compute.copy_seconds(slots * (layer.dispatch_bytes + layer.combine_bytes))
+        work.append(seconds + compute.piece_seconds())
     returned = layer.rows * layer.combine_bytes
-    joined = compute.copy_seconds(returned) if choice.pieces > 1 else 0.0
+    joined = compute.copy_seconds(returned) if choice.chunks > 1 else 0.0
     return Pipeline(
         before=compute.copy_seconds(layer.rows * layer.dispatch_bytes),
-        dispatch=travelling * layer.dispatch_bytes,
-        work=work + compute.piece_seconds(),
-        combine=travelling * layer.combine_bytes,
+        dispatch=[travelling * layer.dispatch_bytes * share for share in choice.shares],
+        work=work,
+        combine=[travelling * layer.combine_bytes * share for share in choice.shares],
         after=joined + compute.copy_seconds(2 * returned),
-        pieces=choice.pieces,
     )
 
 
 def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
     """Every token goes to every rank, and each rank's share of its result back: copy, (permute,
     experts, sum), sum of the shares."""
-    rows = layer.rows * layer.skew / choice.pieces
-    slots = layer.rows / layer.fill(choice.capacity_factor) / choice.pieces
+    pieces = choice.chunks
+    rows = layer.rows * layer.skew / pieces
+    slots = layer.rows / layer.fill(choice.capacity_factor) / pieces
     everyone = layer.tokens * layer.world_size
-    travelling = layer.tokens * (layer.world_size - 1) / choice.pieces
-    work = _experts(layer, compute, rows, slots, layer.local_experts, backward)
+    travelling = layer.tokens * (layer.world_size - 1) / pieces
+    work = _experts(layer, compute, rows, slots, layer.local_experts, choice, backward)
     work += compute.copy_seconds(slots * layer.dispatch_bytes + rows * layer.combine_bytes)
     return Pipeline(
         before=compute.copy_seconds(2 * everyone * layer.dispatch_bytes),
-        dispatch=travelling * (layer.dispatch_bytes + _PAIR_BYTES * layer.top_k),
-        work=work + compute.piece_seconds(),
-        combine=travelling * layer.combine_bytes,
+        dispatch=[travelling * (layer.dispatch_bytes + _PAIR_BYTES * layer.top_k)] * pieces,
+        work=[work + compute.piece_seconds()] * pieces,
+        combine=[travelling * layer.combine_bytes] * pieces,
         after=compute.copy_seconds(2 * everyone * layer.combine_bytes),
-        pieces=choice.pieces,
     )
 
 
@@ -338,9 +351,9 @@ def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bo
     rows = layer.rows
     return Pipeline(
         before=compute.copy_seconds(rows * layer.dispatch_bytes),
-        dispatch=travelling,
-        work=_experts(layer, compute, rows, rows, layer.num_experts, backward),
-        combine=travelling if backward else 0.0,
+        dispatch=[travelling],
+        work=[_experts(layer, compute, rows, rows, layer.num_experts, choice, backward)],
+        combine=[travelling if backward else 0.0],
         after=compute.copy_seconds(2 * rows * layer.combine_bytes),
     )
 
@@ -356,11 +369,22 @@ PRICED = frozenset(_PIPELINES)
 
 
 def _experts(
-    layer: Layer, compute: Compute, rows: float, slots: float, experts: int, backward: bool
+    layer: Layer,
+    compute: Compute,
+    rows: float,
+    slots: float,
+    experts: float,
+    choice: Choice,
+    backward: bool,
 ) -> float:
     """Matrix products of ``rows`` rows in all, and between them a pass over what the first of two
-    produced and the second reads (the activation), of all ``slots``."""
+    produced and the second reads (the activation), of all ``slots``. Backward: twice that, and each
+    expert's gradient is stored, by token slices added to that of the slice before."""
     gemms = sum(compute.gemm_seconds(rows / experts, d, n, experts) for d, n in layer.matmuls)
     outputs = [n for _, n in layer.matmuls[:-1]]
     activations = compute.copy_seconds(slots * sum(outputs) * layer.dtype.itemsize)
-    return (2 if backward else 1) * (gemms + activations)
+    if not backward:
+        return gemms + activations
+    gradient_bytes = experts * sum(d * n for d, n in layer.matmuls) * layer.dtype.itemsize
+    passes = 2 if choice.token_slices > 1 else 1
+    return 2 * (gemms + activations) + compute.copy_seconds(passes * gradient_bytes)

@@ -2,6 +2,9 @@
 
 Ranks see other numbers of tokens and measure other speeds, but must exchange alike. So the group's
 first rank decides and the others take what it has decided; a decision stands for the process.
+
+All of them measure, at the same time: ranks that share a machine share its memory, and one that
+measures while the others wait would find more of it than it will have.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ _DOING = "plans an MoE layer"
 
 
 def decide(group: dist.ProcessGroup, about: str, choose: Callable[[], Any], timeout: float) -> Any:
-    """What rank 0 of ``group`` chose ``about`` something: JSON data. ``choose`` is called there
-    only, once. Raises `RanksDiffer` after ``timeout`` seconds without a decision."""
+    """What rank 0 of ``group`` chose ``about`` something: JSON data. ``choose`` is called once on
+    every rank. Raises `RanksDiffer` after ``timeout`` seconds without a decision."""
     place = (group.group_name, about)
     if place not in _decided:
         digest = hashlib.sha256(about.encode()).hexdigest()[:16]
         key = store_key(group, f"decision/{digest}")
         store = group_store(group)
+        chosen = choose()
         if group.rank() == 0:
-            store.set(key, json.dumps(choose()))
+            store.set(key, json.dumps(chosen))
         else:
             wait_for(group, {0: key}, timeout, _DOING)
         _decided[place] = json.loads(store.get(key))

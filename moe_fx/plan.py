@@ -10,6 +10,10 @@ EVEN = (*PADDED, "mc2")
 """Strategies of equal parts, which take the same number of tokens on every rank."""
 
 
+LEAST_ROWS = 64
+"""Of an expert, below which a matrix product takes hardly less time."""
+
+
 def slices(local_experts: int, chunks: int) -> tuple[int, int]:
     """(expert slices, token slices) for about ``chunks`` chunks, at most: by expert as far as the
     local experts divide evenly, then by token."""
@@ -66,6 +70,8 @@ class ExchangePlan:
     num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on.
     expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so
         that it overlaps the experts' compute (`moe_fx.ops.chunks`).
+    row_slices: instead, into so many chunks of as many rows each, whatever the routing, the first
+        and the last in halves (`moe_fx.ops.cuts`). least_rows: no expert is cut into less.
     capacity_factor, drop: of a strategy with buffers of fixed size (`moe_fx.ops.padded`).
     predicted: what the cost model expects, where it chose (overlap="auto").
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
@@ -80,6 +86,8 @@ class ExchangePlan:
     rank: int = 0
     expert_slices: int = 1
     token_slices: int = 1
+    row_slices: int = 1
+    least_rows: int = LEAST_ROWS
     capacity_factor: float | None = None
     drop: bool = False
     predicted: Predicted | None = None
@@ -96,7 +104,9 @@ class ExchangePlan:
 
     @property
     def host_sync(self) -> str:
-        return "moe_fx::split_sizes" if self.strategy == "alltoall" else ""
+        if self.strategy != "alltoall":
+            return ""
+        return "moe_fx::cut_rows" if self.row_slices > 1 else "moe_fx::split_sizes"
 
     @property
     def capture(self) -> str:
@@ -122,7 +132,7 @@ class ExchangePlan:
 
     @property
     def chunks(self) -> int:
-        return self.expert_slices * self.token_slices
+        return self.expert_slices * self.token_slices * self.row_slices
 
     @property
     def experts_per_slice(self) -> int:

@@ -28,10 +28,12 @@ _REPEATS = 7
 _MOST_ROWS = {"cpu": 512}
 """Rows of the largest GEMM measured; more rows are taken to cost in proportion."""
 _MOST_ROWS_ELSEWHERE = 8192
-_GEMM_BYTES = 32 << 20
+_GEMM_BYTES = 32 << 20, 128 << 20
 """On the CPU, bytes of rows and weights that a GEMM measurement goes through, so that no cache
-keeps what a layer would have to read. Experts run one by one there: any number of groups costs in
-proportion, and more columns than fit (an output head) do."""
+keeps what a layer would have to read: as many as `_GEMM_FLOPS` take, within these limits. Experts
+run one by one there: any number of groups costs in proportion, and more columns than fit (an output
+head) do."""
+_GEMM_FLOPS = 4e9
 _MOST_GROUPS = 32
 """Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
@@ -85,7 +87,11 @@ class _Measured:
 
     def _gemm(self, rows: int, d: int, n: int, groups: int) -> float:
         on_cpu = self.device.type == "cpu"
-        most = _GEMM_BYTES if on_cpu else _MOST_GEMM_BYTES
+        most = _MOST_GEMM_BYTES
+        if on_cpu:
+            least, most = _GEMM_BYTES
+            read = int(_GEMM_FLOPS / (2 * rows)) * self.dtype.itemsize
+            most = min(most, max(least, read))
         width = max(1, min(n, most // (d * self.dtype.itemsize)))
         group_bytes = (d * width + rows * (d + width)) * self.dtype.itemsize
         held = min(_MOST_GROUPS, max(1, most // group_bytes))

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.compat import number, resolve_group, symbols
 from moe_fx.link import known
+from moe_fx.ops.cuts import shares
 from moe_fx.passes.roles import VIEWS, argument
 from moe_fx.rates import Compute, measured
 
@@ -58,6 +59,12 @@ MATMULS: dict[Any, tuple[int, int]] = {
 _FILLED = (ops.grouped_mm.default, ops.grouped_mm_list.default)
 _MEASURED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Other matrix products count as the bytes they read and write."""
+_FREE = (
+    ops.all_to_all.default,
+    ops.split_sizes.default,
+    ops.cut_rows.default,
+    ops.even_sizes.default,
+)
 _SENT: dict[Any, int] = {
     ops.wait.default: 1,
     ops.wait_after.default: 1,
@@ -93,7 +100,7 @@ class GraphCosts:
         device = tensors[0].device
         if node.target in MATMULS and tensors[0].dtype in _MEASURED:
             return self._matmul(node, measured(device, tensors[0].dtype))
-        if node.target in (ops.all_to_all.default, ops.split_sizes.default, ops.even_sizes.default):
+        if node.target in _FREE:
             return 0.0
         moved = self.bytes(node) + sum(map(self.bytes, node.all_input_nodes))
         return measured(device, torch.float32).copy_seconds(moved / 2)
@@ -137,11 +144,14 @@ class GraphCosts:
 
     def _note_rows(self, node: Node) -> None:
         val = node.meta.get("val")
-        if node.target is ops.permute_chunks.default and val is not None:
+        if node.target in (ops.permute_chunks.default, ops.permute_cut.default) and val is not None:
             keys: Any = node.args[1]
             pairs = math.prod(map(self.size, keys.meta["val"].shape))
-            for piece in val[0]:
-                self._note(piece, pairs // len(val[0]))
+            parts = [1] * len(val[0])
+            if node.target is ops.permute_cut.default:
+                parts = shares(max(1, len(val[0]) - 2))
+            for piece, part in zip(val[0], parts, strict=True):
+                self._note(piece, pairs * part // sum(parts))
         elif node.target in _SENT and val is not None:
             sent: Any = node.args[_SENT[node.target]]
             self._note(val, self.size(sent.meta["val"].shape[0]))

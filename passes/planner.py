@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.fx import GraphModule
 
+from moe_fx.ascend.compile import lowers
 from moe_fx.compat import resolve_group
 from moe_fx.cost import PRICED, Choice, Layer, choose, timeline
 from moe_fx.decide import decide, link_of
@@ -33,6 +34,7 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.cost_layer import device_of, layer_of
+from moe_fx.passes.roles import value
 from moe_fx.passes.strategies import Misfit, fitting_strategies, most_chunks
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.rates import measured
@@ -86,7 +88,8 @@ def plan_exchange(
     if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)
     else:
-        choice = asked(strategies[0], experts // world, context.options)
+        by_rows = cuts_rows(region, context)
+        choice = asked(strategies[0], experts // world, context.options, by_rows)
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
@@ -108,13 +111,20 @@ def planned(
         *place,
         choice.expert_slices,
         choice.token_slices,
-        choice.capacity_factor,
-        options.on_overflow == "drop",
-        predicted,
+        choice.row_slices,
+        capacity_factor=choice.capacity_factor,
+        drop=options.on_overflow == "drop",
+        predicted=predicted,
     )
 
 
-def asked(strategy: str, local_experts: int, options: Options) -> Choice:
+def cuts_rows(region: Region, context: Context) -> bool:
+    """Whether chunks of an exact all-to-all are cut by rows. Not in training: each chunk would have
+    gradients of all experts' weights. Not on NPUs, whose graphs know chunks by expert."""
+    return not context.training and not lowers(context.options, [value(region.parts.tokens)])
+
+
+def asked(strategy: str, local_experts: int, options: Options, by_rows: bool) -> Choice:
     """Where nothing is measured."""
     chunks = options.overlap if isinstance(options.overlap, int) else 1
     most = most_chunks(strategy, options)
@@ -126,14 +136,16 @@ def asked(strategy: str, local_experts: int, options: Options) -> Choice:
             most,
             options.base,
         )
-    return _cut(strategy, local_experts, min(chunks, most), options)
+    return _cut(strategy, local_experts, min(chunks, most), options, by_rows)
 
 
-def candidates(strategies: Sequence[str], local_experts: int, options: Options) -> list[Choice]:
+def candidates(
+    strategies: Sequence[str], local_experts: int, options: Options, by_rows: bool
+) -> list[Choice]:
     """The first is what does nothing."""
     return list(
         dict.fromkeys(
-            _cut(strategy, local_experts, chunks, options)
+            _cut(strategy, local_experts, chunks, options, by_rows)
             for strategy in strategies
             for chunks in CHUNKS
             if chunks <= most_chunks(strategy, options)
@@ -141,9 +153,9 @@ def candidates(strategies: Sequence[str], local_experts: int, options: Options) 
     )
 
 
-def _cut(strategy: str, local_experts: int, chunks: int, options: Options) -> Choice:
+def _cut(strategy: str, local_experts: int, chunks: int, options: Options, by_rows: bool) -> Choice:
     if strategy == "alltoall":
-        return Choice(*slices(local_experts, chunks))
+        return Choice(row_slices=chunks) if by_rows else Choice(*slices(local_experts, chunks))
     if strategy in ("gather_weights", "mc2"):
         return Choice(1, 1, strategy)
     return Choice(1, chunks, strategy, options.capacity_factor)
@@ -154,13 +166,14 @@ def _cheapest(
 ) -> tuple[Choice, Predicted]:
     layer = layer_of(region, group.size(), context.training)
     device = device_of(region)
+    by_rows = cuts_rows(region, context)
     timeout = context.options.agree_timeout
     link = link_of(group, device, timeout)
 
     def chosen() -> dict[str, Any]:
         options = [
             choice
-            for choice in candidates(strategies, layer.local_experts, context.options)
+            for choice in candidates(strategies, layer.local_experts, context.options, by_rows)
             if choice.legal(layer)
         ]
         compute = measured(device, layer.dtype)
@@ -174,7 +187,7 @@ def _cheapest(
             timeline(layer, link, compute, best),
             timeline(layer, link, compute, options[0]),
             tuple(
-                Weighed(choice.strategy, choice.pieces, prediction.seconds)
+                Weighed(choice.strategy, choice.chunks, prediction.seconds)
                 for choice, prediction in zip(options, predictions, strict=True)
             ),
         )

@@ -15,15 +15,22 @@ Pseudo-code of "alltoall" (in brackets: where there is more than one chunk)::
         rows = unpermute(rows, regroup_map);  rows = wait(all_to_all(rows)), sizes swapped
 
 Where a chunk has one expert a rank, its rows arrive sorted: nothing is regrouped.
+
+Chunks of as many rows (``plan.row_slices``) are cut when all ranks' counts are known::
+
+    counts = all_counts(expert_counts(ids));  sizes, recv = cut_rows(counts)
+    rows, row_map = permute_cut(tokens, ids, sizes);  for each piece: as above
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from moe_fx.ops.cuts import shares
 from moe_fx.passes.combine import combine
 from moe_fx.passes.emitter import Emitter, weighed
 from moe_fx.passes.roles import shape
@@ -44,6 +51,8 @@ def local(emitter: Emitter) -> Node:
 def alltoall(emitter: Emitter) -> Node:
     call, plan = emitter.call, emitter.plan
     chunks = plan.chunks
+    if plan.row_slices > 1:
+        return _cut_by_rows(emitter)
     keys: Node = emitter.parts.ids
     if chunks > 1:
         keys = call(
@@ -58,24 +67,48 @@ def alltoall(emitter: Emitter) -> Node:
     by_chunk = {"chunks": chunks} if chunks > 1 else {}
     recv_counts = call(ops.exchange_counts.default, counts, plan.group_name, **by_chunk)
     sizes = call(ops.split_sizes.default, counts, recv_counts, **by_chunk)
-    if chunks > 1:
-        pieces, row_map = _permuted_chunks(emitter, keys, sizes)
-    else:
+    if chunks == 1:
         rows, row_map = _permuted(emitter)
-        pieces = [rows]
-    trips = [_Trip(emitter, rows, sizes, recv_counts, at) for at, rows in enumerate(pieces)]
+        return _there_and_back(emitter, [rows], sizes, [recv_counts], row_map)
+    pieces, row_map = _permuted_pieces(emitter, ops.permute_chunks.default, keys, sizes, chunks)
+    per_slice = plan.experts_per_slice
+    received = [
+        call(aten.slice.Tensor, recv_counts, 1, at * per_slice, (at + 1) * per_slice)
+        for at in range(chunks)
+    ]
+    return _there_and_back(emitter, pieces, sizes, received, row_map)
+
+
+def _cut_by_rows(emitter: Emitter) -> Node:
+    call, plan, ids = emitter.call, emitter.plan, emitter.parts.ids
+    counts = call(ops.expert_counts.default, ids, plan.num_experts)
+    counts = call(ops.all_counts.default, counts, plan.group_name)
+    cut = call(ops.cut_rows.default, counts, plan.rank, plan.row_slices, plan.least_rows)
+    sizes, recv_counts = emitter.item(cut, 0), emitter.item(cut, 1)
+    num_pieces = len(shares(plan.row_slices))
+    pieces, row_map = _permuted_pieces(emitter, ops.permute_cut.default, ids, sizes, num_pieces)
+    received = [call(aten.select.int, recv_counts, 0, at) for at in range(num_pieces)]
+    return _there_and_back(emitter, pieces, sizes, received, row_map)
+
+
+def _there_and_back(
+    emitter: Emitter, pieces: list[Node], sizes: Node, received: list[Node], row_map: Node
+) -> Node:
+    """received ``[W, L / N]``: of each piece, rows from each rank for each local expert."""
+    trips = [
+        _Trip(emitter, rows, sizes, counts, at)
+        for at, (rows, counts) in enumerate(zip(pieces, received, strict=True))
+    ]
     done = [trip.there() for trip in trips]
     return combine(emitter, [trip.back() for trip in done], row_map)
 
 
 class _Trip:
-    """One chunk's way to its experts and back."""
+    """One piece's way to its experts and back."""
 
-    def __init__(
-        self, emitter: Emitter, rows: Node, sizes: Node, recv_counts: Node, at: int
-    ) -> None:
+    def __init__(self, emitter: Emitter, rows: Node, sizes: Node, received: Node, at: int) -> None:
         self.emitter, self.call, self.plan = emitter, emitter.call, emitter.plan
-        self.rows, self.recv_counts, self.at = rows, recv_counts, at
+        self.rows, self.received, self.at = rows, received, at
         both = self.call(aten.select.int, sizes, 0, at)
         self.send = self.call(aten.select.int, both, 0, 0)
         self.recv = self.call(aten.select.int, both, 0, 1)
@@ -87,17 +120,12 @@ class _Trip:
     def there(self) -> _Trip:
         plan, group = self.plan, self.plan.group_name
         arrived = self.call(ops.wait.default, self.handle, self.rows, self.send, self.recv, group)
-        recv_counts = self.recv_counts
-        per_slice = plan.experts_per_slice
-        if plan.chunks > 1:
-            first = self.at * per_slice
-            recv_counts = self.call(aten.slice.Tensor, recv_counts, 1, first, first + per_slice)
-        counts = self.call(aten.sum.dim_IntList, recv_counts, [0])
-        at = self.at // plan.token_slices
-        if per_slice == 1:
+        counts = self.call(aten.sum.dim_IntList, self.received, [0])
+        at = self.at // plan.token_slices if plan.expert_slices > 1 else 0
+        if plan.experts_per_slice == 1:
             self.result = self.emitter.experts(arrived, counts, at)
         else:
-            regrouped = self.call(ops.regroup.default, arrived, recv_counts)
+            regrouped = self.call(ops.regroup.default, arrived, self.received)
             rows, row_map = self.emitter.item(regrouped, 0), self.emitter.item(regrouped, 1)
             done = self.emitter.experts(rows, counts, at)
             num_rows = self.call(aten.sym_size.int, rows, 0)
@@ -130,15 +158,17 @@ def _permuted(emitter: Emitter) -> tuple[Node, Node]:
     return rows, row_map
 
 
-def _permuted_chunks(emitter: Emitter, keys: Node, sizes: Node) -> tuple[list[Node], Node]:
-    parts, item, chunks = emitter.parts, emitter.item, range(emitter.plan.chunks)
-    permuted = emitter.call(ops.permute_chunks.default, parts.tokens, keys, sizes)
+def _permuted_pieces(
+    emitter: Emitter, op: Callable[..., Any], keys: Node, sizes: Node, num_pieces: int
+) -> tuple[list[Node], Node]:
+    parts, item, chunks = emitter.parts, emitter.item, range(num_pieces)
+    permuted = emitter.call(op, parts.tokens, keys, sizes)
     pieces, row_map = item(permuted, 0), item(permuted, 1)
     rows = [item(pieces, at) for at in chunks]
     if parts.weighs_tokens:
         weights, _ = _pairs(emitter)
         columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in (weights, keys)]
-        factors = item(emitter.call(ops.permute_chunks.default, *columns, sizes), 0)
+        factors = item(emitter.call(op, *columns, sizes), 0)
         rows = [weighed(emitter, rows[at], item(factors, at)) for at in chunks]
     return rows, row_map
 

@@ -12,7 +12,8 @@ Pseudo-code, for one region::
     a graph captured for training, so must the gradients of all floating inputs
 
 The replacement is thus checked with its exchange, its split into local experts and its order of
-experts, and with room for all rows: what overflows by ``capacity_factor`` is not the pass's to say.
+experts, with room for all rows (what overflows by ``capacity_factor`` is not the pass's to say), and
+with cuts through experts of any size.
 Equal regions (same graph, shapes and plan) are verified once, unless ``verify="always"``.
 """
 
@@ -61,7 +62,7 @@ class Verify(Pass):
             cuts = gradient_cuts(alone, region_alone) if context.training else None
             key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}\n{cuts and sorted(cuts)}"
             if key not in seen or context.options.verify == "always":
-                roomy = replace(plan, capacity_factor=None, drop=False)
+                roomy = replace(plan, capacity_factor=None, drop=False, least_rows=1)
                 seen[key] = difference(alone, region_alone, roomy, cuts)
             found = seen[key]
             if isinstance(found, str):

@@ -45,6 +45,7 @@ LAYER = Layer(
     skew=1.0,
 )
 LINK = Link(latency=1.0, alone=1.0, busy=0.5)
+FAST = Link(latency=0.0, alone=0.5, busy=0.5)
 GEMMS = Toy(flop=1 / 12)  # 12 multiply-adds a row: 16 rows take 16 s
 
 
@@ -86,7 +87,7 @@ def test_a_slow_link_is_never_idle_once_dispatched() -> None:
 
 def test_bytes_under_way_change_pace_when_another_exchange_is_queued() -> None:
     # dispatch of piece 2 alone for 3 of its 1 + 4 s, then 2 bytes at the busy rate
-    pipeline = Pipeline(before=0, dispatch=4.0, work=3.0, combine=4.0, after=0, pieces=2)
+    pipeline = Pipeline(before=0, dispatch=[4.0] * 2, work=[3.0] * 2, combine=[4.0] * 2, after=0)
     predicted = simulate(pipeline, LINK)
     # 1 (counts), 3 (dispatch), 3 (work), 1 (rest), 3 (work; combine 1 alone), 1 (2 bytes left), 5
     assert predicted == Prediction(1 + 3 + 3 + 1 + 3 + 1 + 5, 6, 1 + 3 + 4 + 4 + 5, 11)
@@ -106,6 +107,16 @@ def test_copies() -> None:
     assert two.compute == 16 + 32 + 256 + 32 + 16 + 2 * 5
 
 
+def test_gradients_of_weights_are_stored_and_by_token_slices_added() -> None:
+    # 4 experts of 12 elements of 4 bytes
+    layer, toy = replace(LAYER, training=True), Toy(byte=1.0)
+    one, experts, tokens = (
+        predict(layer, LINK, toy, c) for c in (Choice(), Choice(2), Choice(1, 2))
+    )
+    assert experts.compute - one.compute == 2 * 16  # two joins
+    assert tokens.compute - experts.compute == (2 * 2 - 1) * 4 * 12 * 4
+
+
 def test_skew_lengthens_work_and_exchange() -> None:
     skewed = predict(replace(LAYER, skew=1.5), LINK, GEMMS, Choice())
     assert skewed == Prediction(1 + 13 + 24 + 13, 24, 27, 27)
@@ -118,11 +129,28 @@ def test_skew_lengthens_work_and_exchange() -> None:
         Choice(8),
         Choice(0),
         Choice(1, 9),
+        Choice(2, row_slices=2),
+        Choice(strategy="allgather", row_slices=2),
     ],
 )
 def test_rejects_what_the_layer_cannot_do(choice: Choice) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         predict(LAYER, LINK, GEMMS, choice)
+
+
+def test_chunks_by_rows_are_for_inference() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        predict(replace(LAYER, training=True), LINK, GEMMS, Choice(row_slices=2))
+
+
+def test_chunks_by_rows_have_outer_ones_in_halves() -> None:
+    """Each piece of 4 of the 8 rows sent; its experts 16 / 4 s; counts 1."""
+    whole, halved = (
+        predict(LAYER, FAST, GEMMS, Choice(n, row_slices=m)) for n, m in ((2, 1), (1, 2))
+    )
+    assert halved.compute == whole.compute == 16
+    assert whole.exposed == 2 * FAST.alone * 4
+    assert halved.exposed == 2 * FAST.alone * 2
 
 
 def test_rejects_experts_that_do_not_divide() -> None:
@@ -214,7 +242,7 @@ def test_more_bytes_never_take_less_time(
 
 def test_a_weight_too_large_to_make_is_measured_in_part() -> None:
     compute = measured(torch.device("cpu"), torch.float32)
-    columns = (32 << 20) // 4 // 65536
+    columns = (128 << 20) // 4 // 65536
     part = compute.gemm_seconds(1, 65536, columns)
     assert compute.gemm_seconds(1, 65536, 1000 * columns) == pytest.approx(1000 * part)
 

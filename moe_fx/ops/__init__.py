@@ -8,7 +8,9 @@
 | ``exchange_counts`` / ``split_sizes`` | the one small exchange / sizes on the host (a sync) |
 | ``all_to_all`` / ``wait`` | start of the row exchange / its end (``wait_after``: in this place) |
 | ``chunk_keys`` | what pairs are sorted by where they travel in chunks |
+| ``all_counts`` / ``cut_rows`` | counts of all ranks / sizes of pieces of as many rows (a sync) |
 | ``permute_chunks`` / ``unpermute_chunks`` | as ``permute`` / ``unpermute``, rows in chunks |
+| ``permute_cut`` | as ``permute_chunks``, chunks as ``cut_rows`` has cut them |
 | ``regroup`` | received rows, by source rank, to rows by local expert |
 | ``arrived_experts`` | the local expert of each row as rows arrive |
 | ``permute_padded`` / ``regroup_padded`` | as ``permute`` / ``regroup``, in buffers of fixed size |
@@ -26,6 +28,6 @@
 
 from __future__ import annotations
 
-from moe_fx.ops import checked, chunks, distribute, exchange, experts, padded, routing
+from moe_fx.ops import checked, chunks, cuts, distribute, exchange, experts, padded, routing
 
-__all__ = ["checked", "chunks", "distribute", "exchange", "experts", "padded", "routing"]
+__all__ = ["checked", "chunks", "cuts", "distribute", "exchange", "experts", "padded", "routing"]

@@ -50,13 +50,31 @@ def _permute_chunks(tokens: Tensor, keys: Tensor, sizes: Tensor) -> tuple[list[T
     room for, are dropped: their rows are past the end."""
     flat = keys.reshape(-1)
     top_k = keys.shape[1] if keys.dim() == 2 else 1
-    order = torch.argsort(flat, stable=True)
+    return _pieces(tokens, torch.argsort(flat, stable=True), top_k, sizes)
+
+
+def _pieces(
+    tokens: Tensor, order: Tensor, top_k: int, sizes: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """order: the pairs, as their rows are to stand."""
     row_map = torch.empty_like(order, dtype=torch.int32)
     row_map[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
     token = order if top_k == 1 else order // top_k
     kept = sizes[:, 0].sum(1).tolist()
     pieces = token[: sum(kept)].split(kept)
     return [tokens.index_select(0, piece) for piece in pieces], row_map
+
+
+def _permute_cut(tokens: Tensor, ids: Tensor, sizes: Tensor) -> tuple[list[Tensor], Tensor]:
+    """As ``permute_chunks``, each chunk sorted by expert: what goes to a rank, sorted by expert, is
+    cut as ``sizes`` (of `moe_fx.ops.cuts`) say."""
+    sent = sizes[:, 0]
+    count, world = sent.shape
+    order = torch.argsort(ids.reshape(-1), stable=True)
+    blocks = order.split(sent.t().flatten().tolist())  # by rank; within one by chunk
+    by_chunk = [blocks[rank * count + at] for at in range(count) for rank in range(world)]
+    top_k = ids.shape[1] if ids.dim() == 2 else 1
+    return _pieces(tokens, torch.cat(by_chunk), top_k, sizes)
 
 
 def _permute_chunks_fake(
@@ -177,6 +195,13 @@ define(
 define(
     "permute_chunks(Tensor tokens, Tensor keys, Tensor sizes) -> (Tensor[] rows, Tensor row_map)",
     _permute_chunks,
+    _permute_chunks_fake,
+    backward=_permute_chunks_backward,
+    setup_context=_permute_chunks_setup,
+)
+define(
+    "permute_cut(Tensor tokens, Tensor ids, Tensor sizes) -> (Tensor[] rows, Tensor row_map)",
+    _permute_cut,
     _permute_chunks_fake,
     backward=_permute_chunks_backward,
     setup_context=_permute_chunks_setup,

@@ -196,10 +196,58 @@ CHUNK_BUGS = (
 
 
 @pytest.mark.parametrize("bug", CHUNK_BUGS, ids=lambda bug: bug.__name__)
-def test_a_bug_in_chunks_is_caught(
+def test_a_bug_in_chunks_by_expert_is_caught(
     monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
 ) -> None:
-    assert rewritten(case.module, 2, overlap=2)[0] is not None
+    by_expert = {"overlap": 2, "lower": "npu"}
+    _, report = rewritten(case.module, 2, **by_expert)
+    assert report.plans[0].expert_slices == 2
+    plant(monkeypatch, bug)
+    graph, report = rewritten(case.module, 2, **by_expert)
+    assert graph is None
+    assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
+
+
+def cut_for_another_rank(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    if op is ops.cut_rows.default:
+        args = (args[0], 1 - args[1], *args[2:])
+    return emit(op, *args, **kwargs)
+
+
+def ranks_cut_differently(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    if op is ops.cut_rows.default and emitter.plan.rank == 1:
+        args = (*args[:3], 4)
+    return emit(op, *args, **kwargs)
+
+
+def sorted_by_expert_only(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    op = ops.permute_chunks.default if op is ops.permute_cut.default else op
+    return emit(op, *args, **kwargs)
+
+
+def counts_of_the_next_piece(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    if op is aten.select.int and args[0].target is operator.getitem and args[0].args[1] == 1:
+        args = (args[0], 0, (args[2] + 1) % 4)
+    return emit(op, *args, **kwargs)
+
+
+CUT_BUGS = (
+    cut_for_another_rank,
+    ranks_cut_differently,
+    sorted_by_expert_only,
+    counts_of_the_next_piece,
+    chunks_come_back_in_another_order,
+    weights_dropped,
+    regroup_skipped,
+)
+
+
+@pytest.mark.parametrize("bug", CUT_BUGS, ids=lambda bug: bug.__name__)
+def test_a_bug_in_chunks_by_rows_is_caught(
+    monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
+) -> None:
+    _, report = rewritten(case.module, 2, overlap=2)
+    assert report.plans[0].row_slices == 2
     plant(monkeypatch, bug)
     graph, report = rewritten(case.module, 2, overlap=2)
     assert graph is None

@@ -1,0 +1,106 @@
+"""Cuts: what each rank receives, cut at run time into pieces of about as many rows, whatever the
+routing.
+
+Rows stand sorted by expert. A cut falls between two experts where one ends near; else it goes
+through an expert, the same share of whose rows each source then sends before it. So an expert that
+most tokens select is spread over pieces, and one that few select is not torn.
+
+The first and the last piece are halves (`shares`): nothing hides the way there of the first, nor
+the way back of the last.
+
+Shapes: ``W`` ranks, ``E`` experts, ``L = E / W`` local ones, ``N`` chunks, ``C`` pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_fx.agree import ensure
+from moe_fx.compat import resolve_group
+from moe_fx.ops._define import define
+
+
+def shares(chunks: int) -> list[int]:
+    """Of each piece, in parts of ``2 * chunks``: whole chunks, and the outer ones in halves."""
+    if chunks == 1:
+        return [2]
+    return [1, 1, *[2] * (chunks - 2), 1, 1]
+
+
+def _all_counts(counts: Tensor, group: str, plans: str | None = None, timeout: float = 0) -> Tensor:
+    """``counts [E] -> [W, E]``, those of every rank. plans, timeout: as of ``exchange_counts``."""
+    if plans is not None:
+        ensure(group, plans, timeout)
+    process_group = resolve_group(group)
+    copies = counts.repeat(process_group.size(), 1)
+    received = torch.empty_like(copies)
+    dist.all_to_all_single(received, copies, group=process_group)
+    return received
+
+
+def _all_counts_fake(
+    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0
+) -> Tensor:
+    return counts.new_empty((resolve_group(group).size(), *counts.shape))
+
+
+def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:
+    """``counts [W, E]`` of all ranks to ``sizes [C, 2, W]`` on the host, rows of each piece sent to
+    and received from each rank, and ``received [C, W, L]``, of each piece, source and local expert.
+    The one op that waits for the device.
+
+    least: no expert is cut into less than so many rows.
+    """
+    host = counts.cpu()
+    world = host.shape[0]
+    by_owner = host.view(world, world, -1)  # source, owner, local expert
+    upto = by_owner.cumsum(2)
+    cuts = _cuts(by_owner.sum(0), by_owner, upto, chunks, least)
+    pieces = cuts.diff(dim=2)  # source, owner, piece
+    sizes = torch.stack([pieces[rank].t(), pieces[:, rank].t()], 1).contiguous()
+    begins, ends = (cuts[:, rank, part].t().unsqueeze(2) for part in (slice(-1), slice(1, None)))
+    own = upto[:, rank]
+    overlap = torch.minimum(ends, own) - torch.maximum(begins, own - by_owner[:, rank])
+    return sizes, overlap.clamp_(min=0).contiguous().to(counts.device)
+
+
+def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: int) -> Tensor:
+    """``[W, W, C + 1]``: of the rows from a source to an owner, how many are before each cut."""
+    ends = totals.cumsum(1)
+    rows = ends[:, -1:]
+    parts = list(itertools.accumulate(shares(chunks)))[:-1]
+    wanted = rows * torch.tensor(parts) // (2 * chunks)
+    slack = (rows // (4 * chunks)).clamp(min=least)
+    expert = torch.searchsorted(ends, wanted, right=True).clamp_(max=totals.shape[1] - 1)
+    of_expert = totals.gather(1, expert)
+    before = wanted - (ends - totals).gather(1, expert)
+    behind = of_expert - before
+    torn = torch.minimum(before, behind) >= slack
+    before = torch.where(torn, before, torch.where(before <= behind, 0, of_expert))
+    expert = expert.expand(len(totals), *expert.shape)
+    rows_of_expert = by_owner.gather(2, expert)
+    inner = upto.gather(2, expert) - rows_of_expert
+    inner += rows_of_expert * before // of_expert.clamp(min=1)
+    return torch.cat([torch.zeros_like(inner[..., :1]), inner, upto[..., -1:]], 2)
+
+
+def _cut_rows_fake(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:
+    world, pieces = counts.shape[0], len(shares(chunks))
+    sizes = torch.empty((pieces, 2, world), dtype=torch.int64, device="cpu")
+    return sizes, counts.new_empty((pieces, world, counts.shape[1] // world))
+
+
+define(
+    "all_counts(Tensor counts, str group, str? plans=None, float timeout=0.0) -> Tensor",
+    _all_counts,
+    _all_counts_fake,
+)
+define(
+    "cut_rows(Tensor counts, int rank, int chunks, int least) -> (Tensor sizes, Tensor received)",
+    _cut_rows,
+    _cut_rows_fake,
+)
