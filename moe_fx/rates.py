@@ -46,7 +46,7 @@ _COPY_BYTES_ELSEWHERE = 256 << 20
 class Compute(Protocol):
     """What the pipeline model asks of a device."""
 
-    def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
+    def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
         """``groups`` times ``[rows, d] @ [d, n]``, each group with its own weight."""
         ...
 
@@ -72,7 +72,7 @@ class _Measured:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
+    def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
         """Between powers of two of rows, interpolated. Half the rows never take less than half the
         time: where a measurement says so, it was disturbed."""
         if min(rows, d, n, groups) <= 0:
@@ -85,7 +85,7 @@ class _Measured:
         seconds = max(self._gemm(below, d, n, groups), above / 2)
         return seconds + (above - seconds) * (rows - below) / below
 
-    def _gemm(self, rows: int, d: int, n: int, groups: int) -> float:
+    def _gemm(self, rows: int, d: int, n: int, groups: float) -> float:
         on_cpu = self.device.type == "cpu"
         most = _MOST_GEMM_BYTES
         if on_cpu:
@@ -95,7 +95,7 @@ class _Measured:
         width = max(1, min(n, most // (d * self.dtype.itemsize)))
         group_bytes = (d * width + rows * (d + width)) * self.dtype.itemsize
         held = min(_MOST_GROUPS, max(1, most // group_bytes))
-        held = held if on_cpu else min(groups, held)
+        held = held if on_cpu else min(math.ceil(groups), held)
         seconds = _gemm_seconds(self.device, self.dtype, rows, d, width, held)
         return seconds * (groups / held) * (n / width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.fx import Node
 
 from moe_fx.compat import number, symbols
 from moe_fx.cost import Layer
+from moe_fx.passes.names import shared_matmuls
 from moe_fx.passes.roles import RowTable, is_grouped_matmul, shape, value
 from moe_fx.region import Region
 
@@ -31,6 +33,7 @@ def layer_of(region: Region, world_size: int, training: bool) -> Layer:
         dispatch_bytes=float(tokens.shape[-1] * tokens.element_size()),
         combine_bytes=float(math.prod(shape(parts.cut)[1:]) * cut.element_size()),
         training=training,
+        shared=tuple(map(_product, shared_matmuls(parts.combined, parts.tokens))),
     )
 
 
@@ -46,6 +49,11 @@ def _reads_matrices(node: Node, region: Region) -> bool:
         isinstance(roles.get(source), RowTable) for source in node.all_input_nodes
     )
     return per_row or is_grouped_matmul(node)
+
+
+def _product(node: Node) -> tuple[int, int]:
+    rows: Any = node.args[1 if node.target is torch.ops.aten.addmm.default else 0]
+    return int(shape(rows)[-1]), int(shape(node)[-1])
 
 
 def _matmul(node: Node) -> tuple[int, int]:

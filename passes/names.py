@@ -31,18 +31,23 @@ def activation_name(body: Iterable[Node]) -> str:
 def has_shared_expert(combined: Node, tokens: Node, base: Node | None = None) -> bool:
     """Whether the combined rows are added to another matmul result of the same tokens, ``base``
     or a later one."""
-    if base is not None and _is_matmul_of(base, view_root(tokens)):
+    if base is not None and _matmuls_of(base, view_root(tokens)):
         return True
+    return bool(shared_matmuls(combined, tokens))
+
+
+def shared_matmuls(combined: Node, tokens: Node) -> tuple[Node, ...]:
+    """Those of the same tokens whose result the combined rows are added to."""
     node = combined
     while len(node.users) == 1:
         (user,) = node.users
         if user.target is aten.add.Tensor:
             others = [n for n in user.all_input_nodes if n is not node]
-            return len(others) == 1 and _is_matmul_of(others[0], view_root(tokens))
+            return _matmuls_of(others[0], view_root(tokens)) if len(others) == 1 else ()
         if user.target not in (*VIEWS, *ELEMENTWISE_COPIES, aten.mul.Tensor):
-            return False
+            return ()
         node = user
-    return False
+    return ()
 
 
 def view_root(node: Node) -> Node:
@@ -53,18 +58,20 @@ def view_root(node: Node) -> Node:
     return node
 
 
-def _is_matmul_of(node: Node, tokens: Node) -> bool:
-    """Every path up from ``node`` ends in ``tokens`` or a parameter, and one has a matmul on it."""
-    found_matmul, seen, stack = False, {node}, [node]
+def _matmuls_of(node: Node, tokens: Node) -> tuple[Node, ...]:
+    """The matmuls on paths up from ``node``, if all end in ``tokens`` or a parameter."""
+    found: list[Node] = []
+    seen, stack = {node}, [node]
     while stack:
         current = stack.pop()
         if view_root(current) is tokens:
             continue
         if len(seen) > _SEARCH_LIMIT or (current.op == "placeholder" and len(shape(current)) > 2):
-            return False
-        found_matmul |= current.target in _MATMULS
+            return ()
+        if current.target in _MATMULS:
+            found.append(current)
         for source in tensor_inputs(current):
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-    return found_matmul and (tokens in seen or any(view_root(n) is tokens for n in seen))
+    return tuple(reversed(found)) if any(view_root(n) is tokens for n in seen) else ()

@@ -11,9 +11,9 @@ Pseudo-code, for one region::
     collectives replaced by slicing), on random tokens and weights; outputs must be close, and, in
     a graph captured for training, so must the gradients of all floating inputs
 
-The replacement is thus checked with its exchange, its split into local experts and its order of
-experts, with room for all rows (what overflows by ``capacity_factor`` is not the pass's to say), and
-with cuts through experts of any size.
+The replacement is thus checked with its exchange, its split into local experts, its order of
+experts, cuts through experts of any size, and room for all rows: what overflows by
+``capacity_factor`` is not the pass's to say.
 Equal regions (same graph, shapes and plan) are verified once, unless ``verify="always"``.
 """
 

@@ -23,7 +23,7 @@ class Toy:
     byte: float = 0.0
     piece: float = 0.0
 
-    def gemm_seconds(self, rows: float, d: int, n: int, groups: int = 1) -> float:
+    def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
         return self.flop * rows * d * n * groups
 
     def copy_seconds(self, num_bytes: float) -> float:
