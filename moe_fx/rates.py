@@ -22,18 +22,20 @@ from moe_fx.compat import real_tensors
 
 __all__ = ["Compute", "measured"]
 
-_BUDGET = 0.02
+_BUDGET = 0.1
 """Seconds that the repeats of one measurement may take, beyond the first two."""
 _REPEATS = 7
 _MOST_ROWS = {"cpu": 512}
 """Rows of the largest GEMM measured; more rows are taken to cost in proportion."""
 _MOST_ROWS_ELSEWHERE = 8192
-_GEMM_BYTES = 32 << 20, 128 << 20
+_GEMM_BYTES = 8 << 20, 128 << 20
 """On the CPU, bytes of rows and weights that a GEMM measurement goes through, so that no cache
 keeps what a layer would have to read: as many as `_GEMM_FLOPS` take, within these limits. Experts
 run one by one there: any number of groups costs in proportion, and more columns than fit (an output
 head) do."""
-_GEMM_FLOPS = 4e9
+_GEMM_FLOPS = 2e9
+_STEP = 8
+"""GEMMs are measured at powers of so many rows."""
 _MOST_GROUPS = 32
 """Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
@@ -73,17 +75,19 @@ class _Measured:
         self.device, self.dtype = device, dtype
 
     def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
-        """Between powers of two of rows, interpolated. Half the rows never take less than half the
-        time: where a measurement says so, it was disturbed."""
+        """Between few numbers of rows, interpolated: so plans that cut the same rows differently
+        are compared by what a weight costs to read, not by what disturbed two measurements. Fewer
+        rows never take less of the time than their share."""
         if min(rows, d, n, groups) <= 0:
             return 0.0
         most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
         if rows >= most:
             return self._gemm(most, d, n, groups) * rows / most
-        below = 2 ** max(0, math.floor(math.log2(rows)))
-        above = self._gemm(2 * below, d, n, groups)
-        seconds = max(self._gemm(below, d, n, groups), above / 2)
-        return seconds + (above - seconds) * (rows - below) / below
+        below = _STEP ** max(0, math.floor(math.log(rows, _STEP)))
+        above = min(_STEP * below, most)
+        longest = self._gemm(above, d, n, groups)
+        shortest = max(self._gemm(below, d, n, groups), longest * below / above)
+        return shortest + (longest - shortest) * (rows - below) / (above - below)
 
     def _gemm(self, rows: int, d: int, n: int, groups: float) -> float:
         on_cpu = self.device.type == "cpu"
