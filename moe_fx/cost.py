@@ -389,11 +389,12 @@ def _experts(
     backward: bool,
 ) -> float:
     """Matrix products of ``rows`` rows in all, and between them a pass over what the first of two
-    produced and the second reads (the activation), of all ``slots``. Backward: twice that, and each
-    expert's gradient is stored, by token slices added to that of the slice before."""
+    produced and the second reads (the activation); both also over slots without a row, which are
+    set to zero. Backward: twice that, and each expert's gradient is stored, by token slices added
+    to that of the slice before."""
     forward = _products(layer, compute, layer.matmuls, rows / experts, experts)
-    outputs = sum(n for _, n in layer.matmuls[:-1])
-    forward += compute.copy_seconds((slots - rows) * outputs * layer.dtype.itemsize)
+    outputs = sum(n for _, n in layer.matmuls[:-1]) + sum(n for _, n in layer.matmuls)
+    forward += compute.copy_seconds(max(0.0, slots - rows) * outputs * layer.dtype.itemsize)
     if not backward:
         return forward
     gradient_bytes = experts * sum(d * n for d, n in layer.matmuls) * layer.dtype.itemsize

@@ -33,7 +33,7 @@ _GEMM_BYTES = 8 << 20, 128 << 20
 keeps what a layer would have to read: as many as `_GEMM_FLOPS` take, within these limits. Experts
 run one by one there: any number of groups costs in proportion, and more columns than fit (an output
 head) do."""
-_GEMM_FLOPS = 2e9
+_GEMM_FLOPS = 4e9
 _STEP = 8
 """GEMMs are measured at powers of so many rows."""
 _MOST_GROUPS = 32

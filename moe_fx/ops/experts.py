@@ -81,7 +81,7 @@ def _zero_behind(rows: Tensor, offsets: Tensor, fill: float | None) -> Tensor:
     if fill is None:
         return rows
     if rows.device.type == "cpu":
-        rows[int(offsets[-1]) :] = 0
+        rows[int(offsets[-1]) :].zero_()
         return rows
     behind = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
     return rows.masked_fill_(behind.unsqueeze(1), 0)
