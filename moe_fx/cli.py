@@ -146,6 +146,14 @@ def bench_command(
             help="Only forward + backward, or only forward. Default: both.",
         ),
     ] = None,
+    program: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Program to measure, beside compute, exchange and unoverlapped, which the figures "
+            "are made of; may be repeated: hf_eager, hf_compiled, inductor, inductor_cost, auto, "
+            "auto_even, chunks1, 2, 4, 8, allgather1, 2, 4, 8. Default: all."
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -192,7 +200,9 @@ def bench_command(
     try:
         bench = _from_checkout("tests.bench.overlap")
         points = bench.run(
-            bench.select(layer, ratio, routing, backward, rounds, quick, trace), Console(), json
+            bench.select(layer, ratio, routing, backward, rounds, quick, trace, program),
+            Console(),
+            json,
         )
     except MoeFxError as error:
         _fail(error)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import moe_fx.cli
 from moe_fx.errors import MoeFxError
 from moe_fx.testing import RankPool
-from tests.bench import layers, netlab, overlap, ranks, results, timeline
+from tests.bench import layers, netlab, overlap, ranks, results, timeline, variants
 from tests.bench.exchanges import Recording, Watched, watch
 
 
@@ -36,8 +36,10 @@ MEASURED: dict[str, list[float]] = {
     "exchange8": [0.4],
     "off": [1.3],
     "hf_eager": [1.5],
+    "chunks1": [1.3],
     "chunks2": [0.9],
     "chunks4": [0.7],
+    "chunks8": [0.72],
     "auto": [0.714],
 }
 
@@ -53,6 +55,8 @@ def test_figures_of_a_point() -> None:
     assert found.ours == "auto"
     assert found.speedup("hf_eager") == pytest.approx(1.5 / 0.714)
     assert found.from_best == pytest.approx(0.02)
+    few = point(**{name: value for name, value in MEASURED.items() if name != "chunks1"})
+    assert few.from_best is None  # of those that were asked for it may be none
 
 
 def test_without_auto_ours_is_the_best_chunk_count() -> None:
@@ -269,6 +273,7 @@ def test_help_teaches() -> None:
     [
         (("--layer", "llama"), "--layer llama: give qwen3, mixtral, deepseek"),
         (("--routing", "even"), "--routing even: give uniform, zipf"),
+        (("--program", "best"), "--program best: give compute, off"),
         (("--ratio", "9"), "give ratios of exchange to compute in 0.1 to 4"),
     ],
 )
@@ -283,6 +288,8 @@ def test_selection() -> None:
     assert (quick.num_points, quick.rounds) == (1, 3)
     everything = overlap.select()
     assert (everything.num_points, everything.rounds) == (3 * 4 * 2 * 2, 7)
+    assert everything.programs == tuple(variants.TITLES)
+    assert overlap.select(programs=["auto"]).programs == ("compute", "off", "auto")
     some = overlap.select(["mixtral"], quick=True, backward=True, rounds=1)
     assert (some.layers, some.backward, some.rounds) == (["mixtral"], (True,), 1)
 

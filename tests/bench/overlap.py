@@ -42,7 +42,7 @@ _STEP_TIMEOUT = 180.0
 @dataclass(frozen=True)
 class Selection:
     """What to run: the grid is the product of the first four. backward: forward and backward, too
-    or only."""
+    or only. programs: of `variants.TITLES`."""
 
     layers: Sequence[str]
     ratios: Sequence[float]
@@ -50,6 +50,7 @@ class Selection:
     backward: Sequence[bool]
     rounds: int = 7
     trace: Path | None = None
+    programs: Sequence[str] = tuple(variants.TITLES)
 
     @property
     def num_points(self) -> int:
@@ -64,6 +65,7 @@ def select(
     rounds: int | None = None,
     quick: bool = False,
     trace: Path | None = None,
+    programs: Sequence[str] | None = None,
 ) -> Selection:
     """What the command's options mean: what is not given is one point if ``quick``, else all."""
     for ratio in ratios or ():
@@ -71,6 +73,8 @@ def select(
             raise MoeFxError(f"--ratio {ratio:g}: give ratios of exchange to compute in 0.1 to 4")
     _require_known("--layer", names, tuple(layers.LAYERS))
     _require_known("--routing", routings, ROUTINGS)
+    _require_known("--program", programs, tuple(variants.TITLES))
+    wanted = {variants.COMPUTE, variants.UNOVERLAPPED, *(programs or variants.TITLES)}
     if backward is None:
         passes: tuple[bool, ...] = (False,) if quick else (False, True)
     else:
@@ -82,6 +86,7 @@ def select(
         passes,
         rounds or (3 if quick else 7),
         trace,
+        tuple(name for name in variants.TITLES if name in wanted),
     )
 
 
@@ -226,7 +231,7 @@ class _Bench:
             yield point
 
     def prepare(self, point: Point) -> None:
-        names = [name for name in variants.TITLES if name not in point.failed]
+        names = [name for name in self.selection.programs if name not in point.failed]
         for index, name in enumerate(names):
             self.say(f"{point.layer}: compiling and checking {variants.TITLES[name]}", len(names))
             self.progress.update(self.now, completed=index)
@@ -248,7 +253,7 @@ class _Bench:
         steps: dict[str, Callable[[], float]] = {
             f"exchange{pieces}": partial(self.exchange, pieces) for pieces in _PIECES
         }
-        for name in variants.TITLES:
+        for name in self.selection.programs:
             if name not in point.failed:
                 steps[name] = partial(self.step, name)
         self.say(f"timing {point.title}", self.selection.rounds * len(steps))

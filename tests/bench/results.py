@@ -117,6 +117,8 @@ class Point:
         return self._from_best(AUTO_EVEN, (*FIXED, *FIXED_EVEN))
 
     def _from_best(self, chosen: str, names: Sequence[str]) -> float | None:
+        if any(name not in self.samples and name not in self.failed for name in names):
+            return None  # not all were asked for
         fixed = [s for n in (UNOVERLAPPED, *names) if (s := self.seconds(n)) is not None]
         quotient = _quotient(self.seconds(chosen), min(fixed, default=None))
         return None if quotient is None else quotient - 1
