@@ -50,9 +50,9 @@ class Layer:
     """One MoE layer as one rank sees it.
 
     tokens: T, of this rank. matmuls: (D, N) of each matrix product of an expert, in order.
-    shared: the same of a shared expert. dispatch_bytes, combine_bytes: of a row on its way to its expert, and back. skew: rows of the
-    busiest rank over the mean (1.1: routers trained for balance; 1.0: even); all wait for the
-    busiest.
+    shared: the same of a shared expert. dispatch_bytes, combine_bytes: of a row on its way to its
+    expert, and back. skew: rows of the busiest rank over the mean (1.1: routers trained for
+    balance; 1.0: even); all wait for the busiest.
     """
 
     tokens: int

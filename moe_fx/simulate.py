@@ -123,13 +123,14 @@ def _all_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
 
 def _exchange_rows(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     world = len(requests)
-    pieces = [rows.split(send.tolist()) for rows, send, *_ in requests]
+    pieces = [rows.split(send.clamp(min=0).tolist()) for rows, send, *_ in requests]
     received = [
         torch.cat([pieces[source][rank] for source in range(world)]) for rank in range(world)
     ]
     for rank, (_, _, recv, *_rest) in enumerate(requests):
-        if [len(pieces[source][rank]) for source in range(world)] != recv.tolist():
-            raise RanksDisagree(f"rank {rank} expects {recv.tolist()} rows, others send otherwise")
+        expected = recv.clamp(min=0).tolist()
+        if [len(pieces[source][rank]) for source in range(world)] != expected:
+            raise RanksDisagree(f"rank {rank} expects {expected} rows, others send otherwise")
     return received
 
 

@@ -68,6 +68,7 @@ def _pieces(
 def _permute_cut(tokens: Tensor, ids: Tensor, sizes: Tensor) -> tuple[list[Tensor], Tensor]:
     """As ``permute_chunks``, each chunk sorted by expert: what goes to a rank, sorted by expert, is
     cut as ``sizes`` (of `moe_fx.ops.cuts`) say."""
+    sizes = sizes.clamp(min=0)
     sent = sizes[:, 0]
     count, world = sent.shape
     order = torch.argsort(ids.reshape(-1), stable=True)

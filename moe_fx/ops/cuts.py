@@ -8,6 +8,10 @@ most tokens select is spread over pieces, and one that few select is not torn.
 The first and the last piece are halves (`shares`): nothing hides the way there of the first, nor
 the way back of the last.
 
+Few rows (of a step that decodes a token) are not worth many messages: they are cut into fewer
+pieces, or none, and of the others no rank sends or receives anything. Their sizes are `NOBODY`, and
+``all_to_all`` does nothing.
+
 Shapes: ``W`` ranks, ``E`` experts, ``L = E / W`` local ones, ``N`` chunks, ``C`` pieces.
 """
 
@@ -22,6 +26,9 @@ from torch import Tensor
 from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
+
+NOBODY = -1
+"""The size of what no rank exchanges."""
 
 
 def shares(chunks: int) -> list[int]:
@@ -53,15 +60,21 @@ def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tenso
     and received from each rank, and ``received [C, W, L]``, of each piece, source and local expert.
     The one op that waits for the device.
 
-    least: no expert is cut into less than so many rows.
+    least: no expert is cut into less than so many rows. The rank that receives most gets chunks of
+    twice as many, or there are fewer.
     """
     host = counts.cpu()
     world = host.shape[0]
     by_owner = host.view(world, world, -1)  # source, owner, local expert
+    busiest = int(by_owner.sum((0, 2)).max())
+    chunks_used = max(1, min(chunks, busiest // (2 * least)))
     upto = by_owner.cumsum(2)
-    cuts = _cuts(by_owner.sum(0), by_owner, upto, chunks, least)
+    cuts = _cuts(by_owner.sum(0), by_owner, upto, chunks_used, least)
+    unused = len(shares(chunks)) - len(shares(chunks_used))
+    cuts = torch.cat([cuts, cuts[..., -1:].expand(-1, -1, unused)], 2)
     pieces = cuts.diff(dim=2)  # source, owner, piece
     sizes = torch.stack([pieces[rank].t(), pieces[:, rank].t()], 1).contiguous()
+    sizes[len(sizes) - unused :] = NOBODY
     begins, ends = (cuts[:, rank, part].t().unsqueeze(2) for part in (slice(-1), slice(1, None)))
     own = upto[:, rank]
     overlap = torch.minimum(ends, own) - torch.maximum(begins, own - by_owner[:, rank])
@@ -73,7 +86,7 @@ def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: in
     ends = totals.cumsum(1)
     rows = ends[:, -1:]
     parts = list(itertools.accumulate(shares(chunks)))[:-1]
-    wanted = rows * torch.tensor(parts) // (2 * chunks)
+    wanted = rows * torch.tensor(parts, dtype=torch.int64) // (2 * chunks)
     slack = (rows // (4 * chunks)).clamp(min=least)
     expert = torch.searchsorted(ends, wanted, right=True).clamp_(max=totals.shape[1] - 1)
     of_expert = totals.gather(1, expert)
@@ -85,7 +98,7 @@ def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: in
     rows_of_expert = by_owner.gather(2, expert)
     inner = upto.gather(2, expert) - rows_of_expert
     inner += rows_of_expert * before // of_expert.clamp(min=1)
-    return torch.cat([torch.zeros_like(inner[..., :1]), inner, upto[..., -1:]], 2)
+    return torch.cat([torch.zeros_like(upto[..., :1]), inner, upto[..., -1:]], 2)
 
 
 def _cut_rows_fake(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:

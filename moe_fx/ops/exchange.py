@@ -105,9 +105,12 @@ def _split_sizes_fake(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> T
 
 
 def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+    """Counts below 0: no rank has anything to exchange (`moe_fx.ops.cuts`)."""
     process_group = resolve_group(group)
     send, recv = send_counts.tolist(), recv_counts.tolist()
     given = rows.data_ptr()
+    if min(recv) < 0 and not rows.shape[0]:
+        return _started(_Pending(torch.empty_like(rows), rows, given, None))
     rows = rows.contiguous()
     if sum(send) != rows.shape[0]:
         raise RuntimeError(
@@ -118,8 +121,12 @@ def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: s
     work = dist.all_to_all_single(received, rows, recv, send, group=process_group, async_op=True)
     own = send[process_group.rank()]
     count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
+    return _started(_Pending(received, rows, given, work))
+
+
+def _started(pending: _Pending) -> Tensor:
     handle = next(_handles)
-    _pending[handle] = _Pending(received, rows, given, work)
+    _pending[handle] = pending
     return torch.tensor([handle], dtype=torch.int64)
 
 
@@ -176,7 +183,8 @@ def _wait(
             "moe_fx::wait: was not given the rows that all_to_all sends, but another tensor; the "
             "rows being sent may have been overwritten. Pass the same tensor to both."
         )
-    pending.work.wait()
+    if pending.work is not None:
+        pending.work.wait()
     return pending.received
 
 

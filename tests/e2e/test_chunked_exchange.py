@@ -63,6 +63,32 @@ def test_gradients_of_chunks_are_those_of_the_whole(ranks2: RankPool, chunks: in
             assert relative_error(expected, value) <= EXACT
 
 
+def messages(rank: int, counts: tuple[int, ...]) -> list[tuple[int, float]]:
+    """Of one graph, for each number of tokens: exchanges, and the difference from eager."""
+    torch._dynamo.reset()
+    module = block("qwen3_moe")
+    options = {"ep_group": dist.group.WORLD, "overlap": 8, "base": "eager"}
+    reports: list[moe_fx.Report] = []
+    options["on_report"] = reports.append
+    compiled = torch.compile(module, backend="moe_fx", dynamic=True, options=options)
+    found = []
+    with torch.no_grad():
+        for count in counts:
+            values = tokens(1, count, 64, seed=rank)
+            with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
+                out = compiled(values)
+            found.append((sent.call_count, relative_error(module(values), out)))
+    assert len(reports) == 1
+    return found
+
+
+def test_a_graph_for_any_number_of_tokens_sends_few_in_one_piece(ranks2: RankPool) -> None:
+    """Counts, and there and back of ten pieces or of one."""
+    for (many, error), (few, error_of_few) in ranks2.run(messages, (700, 3)):
+        assert (many, few) == (1 + 2 * 10, 1 + 2)
+        assert max(error, error_of_few) <= 1e-5
+
+
 # -- the order -------------------------------------------------------------------------------------
 
 LANDMARKS = {

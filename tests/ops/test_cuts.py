@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import moe_fx.ops  # noqa: F401  (registers the ops)
-from moe_fx.ops.cuts import shares
+from moe_fx.ops.cuts import NOBODY, shares
 
 ops = torch.ops.moe_fx
 property_test = settings(max_examples=80, deadline=None)
@@ -52,8 +52,9 @@ def test_what_is_received_is_what_was_sent_expert_by_expert(
         column = torch.stack([pair, expert.double()], 1)
         pieces, row_map = ops.permute_cut(column, expert, sizes)
         assert torch.equal(torch.cat(list(pieces))[row_map.long()], column)
-        assert torch.equal(received.sum(-1), sizes[:, 1])
-        sent.append([piece.split(sizes[at, 0].tolist()) for at, piece in enumerate(pieces)])
+        assert torch.equal(received.sum(-1), sizes[:, 1].clamp(min=0))
+        kept = sizes[:, 0].clamp(min=0).tolist()
+        sent.append([piece.split(kept[at]) for at, piece in enumerate(pieces)])
     for owner, (_, received) in enumerate(cuts):
         for source in range(world):
             rows = [sent[source][at][owner] for at in range(len(received))]
@@ -72,7 +73,9 @@ def test_pieces_are_even_but_for_small_parts_of_experts(
     routing: tuple[list[Tensor], int, int, int],
 ) -> None:
     ids, experts, chunks, least = routing
-    for _, received in cut(ids, experts, chunks, least):
+    cuts = cut(ids, experts, chunks, least)
+    chunks = max(1, min(chunks, max(int(r.sum()) for _, r in cuts) // (2 * least)))
+    for _, received in cuts:
         of_expert = received.sum(1)  # piece, expert
         total = int(of_expert.sum())
         slack = max(least, total // (4 * chunks))
@@ -81,7 +84,7 @@ def test_pieces_are_even_but_for_small_parts_of_experts(
         torn = (of_expert > 0).sum(0) > 1
         parts = of_expert[:, torn]
         assert (parts[parts > 0] >= min(slack, total // (2 * chunks)) - len(ids)).all()
-        ends = of_expert.sum(1).cumsum(0)
+        ends = of_expert.sum(1).cumsum(0)[: len(shares(chunks))]
         parts_before = torch.tensor(shares(chunks)).cumsum(0)
         wanted = total * parts_before // (2 * chunks)
         assert (ends - wanted).abs().max() <= slack + len(ids)
@@ -101,10 +104,21 @@ def test_an_expert_that_most_select_is_spread_and_others_are_whole() -> None:
     assert sizes[:, 0, 0].tolist() == [100, 200, 300, 300, 100, 200]
 
 
+def test_few_rows_are_not_cut_and_nobody_exchanges_the_other_pieces() -> None:
+    few, more = torch.tensor([[0, 3, 0, 9], [5, 0, 7, 0]]), torch.tensor([[99] * 4, [99] * 4])
+    for counts, used in ((few, 1), (more, 3)):
+        for rank in range(2):
+            sizes, received = ops.cut_rows(counts, rank, 8, 64)
+            num_pieces = len(shares(used))
+            assert (sizes[num_pieces:] == NOBODY).all() and not received[num_pieces:].any()
+            assert (sizes[:num_pieces] >= 0).all()
+            assert sizes[:num_pieces, 0].sum() == counts[rank].sum()
+
+
 def test_experts_that_fit_are_not_torn() -> None:
     counts = torch.tensor([[101, 99, 103, 97], [99, 100, 98, 101]])
     counts = torch.cat([counts, counts], 1)
-    _, received = ops.cut_rows(counts, 0, 4, 500)
+    _, received = ops.cut_rows(counts, 0, 4, 100)
     assert received.count_nonzero(0).tolist() == [[1] * 4] * 2  # each in one piece
 
 
