@@ -10,10 +10,9 @@ they were queued. A layer is a pipeline over its pieces::
 Work that depends on neither side (a shared expert) is done while there is nothing else to do, and
 what is then left of it at the end.
 
-Against measurements (two Gloo hosts at 150 Mbit/s, 16 experts, k 4, 1024 tokens, fp32, one thread a
-rank, 1, 2, 4 and 8 expert slices; quietest of 6 or 7 runs on a shared machine): within 10 % for
-512 x 2048 experts, where compute is the longer; -7, -15, -20 and 0 % for 512 x 768, where the link
-is: two or three large pieces in flight do not fill it as four do, and here count as if they did.
+Against measurements (docs/overlap.md, uniform routing, the chosen plan): 15 to 18 % too long where
+the link is the longer side, since the busiest rank is expected to get 1.1 times the mean; from 27 %
+too short to 22 % too long where compute is, which varies as much on that machine.
 
 Training adds the same pipeline with twice the matrix products (gradients of rows and of weights).
 

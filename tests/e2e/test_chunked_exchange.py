@@ -26,12 +26,17 @@ FAST = Link(latency=1e-7, alone=1e-13, busy=1e-13)
 
 
 def results(
-    rank: int, family: str, overlap: int | str, base: str, training: bool = False
+    rank: int,
+    family: str,
+    overlap: int | str,
+    base: str,
+    training: bool = False,
+    count: int = 9,
 ) -> list[Tensor]:
     """The block's output, and in training the gradients of tokens and of all parameters."""
     torch._dynamo.reset()
     module = block(family).requires_grad_(training)
-    values = tokens(1, 9 + 4 * rank, 64, seed=rank).requires_grad_(training)
+    values = tokens(1, count + 4 * rank, 64, seed=rank).requires_grad_(training)
     options = {"ep_group": dist.group.WORLD, "overlap": overlap, "base": base}
     compiled = torch.compile(module, backend="moe_fx", dynamic=True, options=options)
     with torch.set_grad_enabled(training):
@@ -52,6 +57,15 @@ def test_chunks_by_expert_give_the_same_bits(ranks2: RankPool, family: str) -> N
             ranks2.run(results, family, chunks, "eager"), whole, strict=True
         ):
             assert torch.equal(found, expected)
+
+
+def test_experts_cut_in_two_give_the_same_but_for_rounding(ranks2: RankPool) -> None:
+    whole = ranks2.run(results, "qwen3_moe", 1, "eager", False, 700)
+    for chunks in (2, 8):
+        for (found,), (expected,) in zip(
+            ranks2.run(results, "qwen3_moe", chunks, "eager", False, 700), whole, strict=True
+        ):
+            assert relative_error(expected, found) <= EXACT
 
 
 @pytest.mark.parametrize("chunks", [4, 8])
