@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_fx.cost import Choice, Layer, Pipeline, Prediction, choose, predict, simulate, timeline
+from moe_fx.cost import Choice, Layer, choose, predict, timeline
+from moe_fx.exchange_pipeline import Pipeline, Prediction, simulate
 from moe_fx.link import Link
 from moe_fx.rates import measured
 
@@ -52,6 +53,14 @@ GEMMS = Toy(flop=1 / 12)  # 12 multiply-adds a row: 16 rows take 16 s
 def test_one_piece_hides_nothing() -> None:
     # 16 rows of 1 byte, half of them travel: counts 1, dispatch 1 + 8, experts 16, combine 1 + 8
     assert predict(LAYER, LINK, GEMMS, Choice()) == Prediction(35, 16, 19, 19)
+
+
+def test_a_shared_expert_fills_the_waiting() -> None:
+    # 8 tokens of 12 multiply-adds: 8 of the 19 s; of 30: 20, of which 1 is left at the end
+    shared = replace(LAYER, shared=((2, 6),))
+    assert predict(shared, LINK, GEMMS, Choice()) == Prediction(35, 24, 19, 11)
+    more = predict(replace(LAYER, shared=((3, 10),)), LINK, GEMMS, Choice())
+    assert (more.seconds, more.exposed) == (pytest.approx(36), 0)
 
 
 def test_two_pieces_hide_the_middle() -> None:
@@ -131,6 +140,7 @@ def test_skew_lengthens_work_and_exchange() -> None:
         Choice(1, 9),
         Choice(2, row_slices=2),
         Choice(strategy="allgather", row_slices=2),
+        Choice(row_slices=0),
     ],
 )
 def test_rejects_what_the_layer_cannot_do(choice: Choice) -> None:

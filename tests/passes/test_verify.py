@@ -195,19 +195,6 @@ CHUNK_BUGS = (
 )
 
 
-@pytest.mark.parametrize("bug", CHUNK_BUGS, ids=lambda bug: bug.__name__)
-def test_a_bug_in_chunks_by_expert_is_caught(
-    monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
-) -> None:
-    by_expert = {"overlap": 2, "lower": "npu"}
-    _, report = rewritten(case.module, 2, **by_expert)
-    assert report.plans[0].expert_slices == 2
-    plant(monkeypatch, bug)
-    graph, report = rewritten(case.module, 2, **by_expert)
-    assert graph is None
-    assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
-
-
 def cut_for_another_rank(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
     if op is ops.cut_rows.default:
         args = (args[0], 1 - args[1], *args[2:])
@@ -242,14 +229,29 @@ CUT_BUGS = (
 )
 
 
-@pytest.mark.parametrize("bug", CUT_BUGS, ids=lambda bug: bug.__name__)
-def test_a_bug_in_chunks_by_rows_is_caught(
-    monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
+BY_EXPERT: dict[str, Any] = {"overlap": 2, "lower": "npu"}
+BY_ROWS: dict[str, Any] = {"overlap": 2}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "bug"),
+    [
+        pytest.param(chunks, bug, id=f"{kind}-{bug.__name__}")
+        for kind, chunks, bugs in (
+            ("by_expert", BY_EXPERT, CHUNK_BUGS),
+            ("by_rows", BY_ROWS, CUT_BUGS),
+        )
+        for bug in bugs
+    ],
+)
+def test_a_bug_in_chunks_is_caught(
+    monkeypatch: pytest.MonkeyPatch, case: Captured, chunks: dict[str, Any], bug: Bug
 ) -> None:
-    _, report = rewritten(case.module, 2, overlap=2)
-    assert report.plans[0].row_slices == 2
+    _, report = rewritten(case.module, 2, **chunks)
+    plan = report.plans[0]
+    assert (plan.expert_slices, plan.row_slices) == ((1, 2) if chunks is BY_ROWS else (2, 1))
     plant(monkeypatch, bug)
-    graph, report = rewritten(case.module, 2, overlap=2)
+    graph, report = rewritten(case.module, 2, **chunks)
     assert graph is None
     assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
 
