@@ -118,7 +118,6 @@ class MoEPass(CustomGraphPass):
 
 _ASK = {
     torch.ops.moe_fx.exchange_counts.default: 1,
-    torch.ops.moe_fx.all_counts.default: 1,
     torch.ops.moe_fx.even_sizes.default: 1,
     torch.ops.moe_fx.distribute.default: 3,
 }

@@ -117,10 +117,6 @@ def _exchange_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     return [blocks[:, rank].flatten(1) for rank in range(world)]
 
 
-def _all_counts(requests: list[tuple[Any, ...]]) -> list[Tensor]:
-    return [torch.stack([counts for counts, *_ in requests])] * len(requests)
-
-
 def _exchange_rows(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     world = len(requests)
     pieces = [rows.split(send.clamp(min=0).tolist()) for rows, send, *_ in requests]
@@ -168,7 +164,6 @@ _COLLECTIVES = {
     _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
     _OPS.exchange_counts.default: "exchange_counts",
     _OPS.gather_counts.default: "gather_counts",
-    _OPS.all_counts.default: "all_counts",
     _OPS.even_sizes.default: "even_sizes",
     _OPS.all_to_all.default: "all_to_all",
 }
@@ -178,7 +173,6 @@ _EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
     "all_gather": _gather,
     "exchange_counts": _exchange_counts,
     "gather_counts": _gather_counts,
-    "all_counts": _all_counts,
     "even_sizes": _even_sizes,
     "all_to_all": _exchange_rows,
 }

@@ -149,7 +149,7 @@ class GraphCosts:
             pairs = math.prod(map(self.size, keys.meta["val"].shape))
             parts = [1] * len(val[0])
             if node.target is ops.permute_cut.default:
-                parts = shares(max(1, len(val[0]) - 2))
+                parts = shares(len(val[0]) - 2)
             for piece, part in zip(val[0], parts, strict=True):
                 self._note(piece, pairs * part // sum(parts))
         elif node.target in _SENT and val is not None:

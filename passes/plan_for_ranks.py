@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.planner import asked, cuts_rows, planned
+from moe_fx.passes.planner import asked, planned
 from moe_fx.passes.strategies import Misfit, fitting_strategies
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Declined, Region
@@ -59,6 +59,5 @@ class PlanForRanks(Pass):
         if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
         strategy = fitting_strategies(region, context, world)[0]
-        by_rows = cuts_rows(region, context)
-        choice = asked(strategy, num_experts // world, context.options, by_rows)
+        choice = asked(region, strategy, num_experts // world, context)
         return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

@@ -11,6 +11,7 @@ Pseudo-code::
         overlap is a number -> the first of them in about so many chunks;  "off" -> in one
         "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx.cost`), by the link and the
                   speeds measured here; decided by the group's first rank, once per kind of layer
+        chunks of an exact all-to-all are cut by rows, in training and on NPUs by expert
 
 Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly; a
 region that the strategy asked for does not fit.
@@ -88,8 +89,7 @@ def plan_exchange(
     if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)
     else:
-        by_rows = cuts_rows(region, context)
-        choice = asked(strategies[0], experts // world, context.options, by_rows)
+        choice = asked(region, strategies[0], experts // world, context)
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
@@ -118,14 +118,9 @@ def planned(
     )
 
 
-def cuts_rows(region: Region, context: Context) -> bool:
-    """Whether chunks of an exact all-to-all are cut by rows. Not in training: each chunk would have
-    gradients of all experts' weights. Not on NPUs, whose graphs know chunks by expert."""
-    return not context.training and not lowers(context.options, [value(region.parts.tokens)])
-
-
-def asked(strategy: str, local_experts: int, options: Options, by_rows: bool) -> Choice:
+def asked(region: Region, strategy: str, local_experts: int, context: Context) -> Choice:
     """Where nothing is measured."""
+    options = context.options
     chunks = options.overlap if isinstance(options.overlap, int) else 1
     most = most_chunks(strategy, options)
     if chunks > most:
@@ -136,29 +131,38 @@ def asked(strategy: str, local_experts: int, options: Options, by_rows: bool) ->
             most,
             options.base,
         )
-    return _cut(strategy, local_experts, min(chunks, most), options, by_rows)
+    return _cut(region, strategy, local_experts, min(chunks, most), context)
 
 
 def candidates(
-    strategies: Sequence[str], local_experts: int, options: Options, by_rows: bool
+    region: Region, strategies: Sequence[str], local_experts: int, context: Context
 ) -> list[Choice]:
     """The first is what does nothing."""
     return list(
         dict.fromkeys(
-            _cut(strategy, local_experts, chunks, options, by_rows)
+            _cut(region, strategy, local_experts, chunks, context)
             for strategy in strategies
             for chunks in CHUNKS
-            if chunks <= most_chunks(strategy, options)
+            if chunks <= most_chunks(strategy, context.options)
         )
     )
 
 
-def _cut(strategy: str, local_experts: int, chunks: int, options: Options, by_rows: bool) -> Choice:
+def _cut(
+    region: Region, strategy: str, local_experts: int, chunks: int, context: Context
+) -> Choice:
     if strategy == "alltoall":
+        by_rows = _by_rows(region, context)
         return Choice(row_slices=chunks) if by_rows else Choice(*slices(local_experts, chunks))
     if strategy in ("gather_weights", "mc2"):
         return Choice(1, 1, strategy)
-    return Choice(1, chunks, strategy, options.capacity_factor)
+    return Choice(1, chunks, strategy, context.options.capacity_factor)
+
+
+def _by_rows(region: Region, context: Context) -> bool:
+    """Whether chunks of an exact all-to-all are cut by rows. Not in training: each chunk would have
+    gradients of all experts' weights. Not on NPUs, whose graphs know chunks by expert."""
+    return not context.training and not lowers(context.options, [value(region.parts.tokens)])
 
 
 def _cheapest(
@@ -166,14 +170,13 @@ def _cheapest(
 ) -> tuple[Choice, Predicted]:
     layer = layer_of(region, group.size(), context.training)
     device = device_of(region)
-    by_rows = cuts_rows(region, context)
     timeout = context.options.agree_timeout
     link = link_of(group, device, timeout)
 
     def chosen() -> dict[str, Any]:
         options = [
             choice
-            for choice in candidates(strategies, layer.local_experts, context.options, by_rows)
+            for choice in candidates(region, strategies, layer.local_experts, context)
             if choice.legal(layer)
         ]
         compute = measured(device, layer.dtype)

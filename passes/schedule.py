@@ -29,7 +29,6 @@ __all__ = ["STARTS", "WAITS", "Costs", "Timeline", "peak_bytes", "schedule", "si
 
 ops = torch.ops.moe_fx
 STARTS = (ops.all_to_all.default,)
-_TALKS = (ops.exchange_counts.default, ops.all_counts.default, ops.even_sizes.default)
 WAITS = (ops.wait.default, ops.wait_after.default)
 
 
@@ -149,7 +148,7 @@ def _is_random(node: Node) -> bool:
 def may_communicate(node: Node) -> bool:
     """Every rank must do it in the same order: an exchange, and any op of whose kernel nothing is
     known."""
-    if node.target in (*STARTS, *_TALKS):
+    if node.target in (*STARTS, ops.exchange_counts.default, ops.even_sizes.default):
         return True
     namespace = getattr(node.target, "namespace", None)
     return namespace not in (None, "aten", "prims", "moe_fx")

@@ -18,8 +18,9 @@ Where a chunk has one expert a rank, its rows arrive sorted: nothing is regroupe
 
 Chunks of as many rows (``plan.row_slices``) are cut when all ranks' counts are known::
 
-    counts = all_counts(expert_counts(ids));  sizes, recv = cut_rows(counts)
-    rows, row_map = permute_cut(tokens, ids, sizes);  for each piece: as above
+    counts = exchange_counts(a copy of expert_counts(ids) for each rank)
+    sizes, recv = cut_rows(counts);  rows, row_map = permute_cut(tokens, ids, sizes)
+    for each piece: as above
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def local(emitter: Emitter) -> Node:
 
 def alltoall(emitter: Emitter) -> Node:
     call, plan = emitter.call, emitter.plan
-    chunks = plan.chunks
     if plan.row_slices > 1:
         return _cut_by_rows(emitter)
+    chunks = plan.chunks
     keys: Node = emitter.parts.ids
     if chunks > 1:
         keys = call(
@@ -82,7 +83,8 @@ def alltoall(emitter: Emitter) -> Node:
 def _cut_by_rows(emitter: Emitter) -> Node:
     call, plan, ids = emitter.call, emitter.plan, emitter.parts.ids
     counts = call(ops.expert_counts.default, ids, plan.num_experts)
-    counts = call(ops.all_counts.default, counts, plan.group_name)
+    copies = call(aten.repeat.default, counts, [plan.world_size])
+    counts = call(ops.exchange_counts.default, copies, plan.group_name)
     cut = call(ops.cut_rows.default, counts, plan.rank, plan.row_slices, plan.least_rows)
     sizes, recv_counts = emitter.item(cut, 0), emitter.item(cut, 1)
     num_pieces = len(shares(plan.row_slices))
@@ -95,10 +97,11 @@ def _there_and_back(
     emitter: Emitter, pieces: list[Node], sizes: Node, received: list[Node], row_map: Node
 ) -> Node:
     """received ``[W, L / N]``: of each piece, rows from each rank for each local expert."""
-    trips = [
-        _Trip(emitter, rows, sizes, counts, at)
-        for at, (rows, counts) in enumerate(zip(pieces, received, strict=True))
-    ]
+    trips = []
+    for at, (rows, counts) in enumerate(zip(pieces, received, strict=True)):
+        both = emitter.call(aten.select.int, sizes, 0, at)
+        expert_slice = at * emitter.plan.expert_slices // len(pieces)
+        trips.append(_Trip(emitter, rows, both, counts, expert_slice))
     done = [trip.there() for trip in trips]
     return combine(emitter, [trip.back() for trip in done], row_map)
 
@@ -106,12 +109,13 @@ def _there_and_back(
 class _Trip:
     """One piece's way to its experts and back."""
 
-    def __init__(self, emitter: Emitter, rows: Node, sizes: Node, received: Node, at: int) -> None:
+    def __init__(
+        self, emitter: Emitter, rows: Node, sizes: Node, received: Node, expert_slice: int
+    ) -> None:
         self.emitter, self.call, self.plan = emitter, emitter.call, emitter.plan
-        self.rows, self.received, self.at = rows, received, at
-        both = self.call(aten.select.int, sizes, 0, at)
-        self.send = self.call(aten.select.int, both, 0, 0)
-        self.recv = self.call(aten.select.int, both, 0, 1)
+        self.rows, self.received, self.expert_slice = rows, received, expert_slice
+        self.send = self.call(aten.select.int, sizes, 0, 0)
+        self.recv = self.call(aten.select.int, sizes, 0, 1)
         self.handle = self.start(rows, self.send, self.recv)
 
     def start(self, rows: Node, send: Node, recv: Node) -> Node:
@@ -121,13 +125,12 @@ class _Trip:
         plan, group = self.plan, self.plan.group_name
         arrived = self.call(ops.wait.default, self.handle, self.rows, self.send, self.recv, group)
         counts = self.call(aten.sum.dim_IntList, self.received, [0])
-        at = self.at // plan.token_slices if plan.expert_slices > 1 else 0
         if plan.experts_per_slice == 1:
-            self.result = self.emitter.experts(arrived, counts, at)
+            self.result = self.emitter.experts(arrived, counts, self.expert_slice)
         else:
             regrouped = self.call(ops.regroup.default, arrived, self.received)
             rows, row_map = self.emitter.item(regrouped, 0), self.emitter.item(regrouped, 1)
-            done = self.emitter.experts(rows, counts, at)
+            done = self.emitter.experts(rows, counts, self.expert_slice)
             num_rows = self.call(aten.sym_size.int, rows, 0)
             sizes = [num_rows, *shape(self.emitter.parts.cut)[1:]]
             self.result = self.call(ops.unpermute.default, done, row_map, None, sizes)

@@ -8,7 +8,7 @@
 | ``exchange_counts`` / ``split_sizes`` | the one small exchange / sizes on the host (a sync) |
 | ``all_to_all`` / ``wait`` | start of the row exchange / its end (``wait_after``: in this place) |
 | ``chunk_keys`` | what pairs are sorted by where they travel in chunks |
-| ``all_counts`` / ``cut_rows`` | counts of all ranks / sizes of pieces of as many rows (a sync) |
+| ``cut_rows`` | as ``split_sizes``, from all ranks' counts, of pieces of as many rows |
 | ``permute_chunks`` / ``unpermute_chunks`` | as ``permute`` / ``unpermute``, rows in chunks |
 | ``permute_cut`` | as ``permute_chunks``, chunks as ``cut_rows`` has cut them |
 | ``regroup`` | received rows, by source rank, to rows by local expert |

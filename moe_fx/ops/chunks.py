@@ -69,13 +69,10 @@ def _permute_cut(tokens: Tensor, ids: Tensor, sizes: Tensor) -> tuple[list[Tenso
     """As ``permute_chunks``, each chunk sorted by expert: what goes to a rank, sorted by expert, is
     cut as ``sizes`` (of `moe_fx.ops.cuts`) say."""
     sizes = sizes.clamp(min=0)
-    sent = sizes[:, 0]
-    count, world = sent.shape
-    order = torch.argsort(ids.reshape(-1), stable=True)
-    blocks = order.split(sent.t().flatten().tolist())  # by rank; within one by chunk
-    by_chunk = [blocks[rank * count + at] for at in range(count) for rank in range(world)]
+    by_rank = torch.argsort(ids.reshape(-1), stable=True)
+    order, _ = torch.ops.moe_fx.regroup(by_rank, sizes[:, 0].t().to(by_rank.device))
     top_k = ids.shape[1] if ids.dim() == 2 else 1
-    return _pieces(tokens, torch.cat(by_chunk), top_k, sizes)
+    return _pieces(tokens, order, top_k, sizes)
 
 
 def _permute_chunks_fake(

@@ -9,8 +9,7 @@ The first and the last piece are halves (`shares`): nothing hides the way there 
 the way back of the last.
 
 Few rows (of a step that decodes a token) are not worth many messages: they are cut into fewer
-pieces, or none, and of the others no rank sends or receives anything. Their sizes are `NOBODY`, and
-``all_to_all`` does nothing.
+pieces, or none, and of the others no rank sends or receives anything: their sizes are `NOBODY`.
 
 Shapes: ``W`` ranks, ``E`` experts, ``L = E / W`` local ones, ``N`` chunks, ``C`` pieces.
 """
@@ -20,15 +19,10 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moe_fx.agree import ensure
-from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
-
-NOBODY = -1
-"""The size of what no rank exchanges."""
+from moe_fx.ops.exchange import NOBODY
 
 
 def shares(chunks: int) -> list[int]:
@@ -36,23 +30,6 @@ def shares(chunks: int) -> list[int]:
     if chunks == 1:
         return [2]
     return [1, 1, *[2] * (chunks - 2), 1, 1]
-
-
-def _all_counts(counts: Tensor, group: str, plans: str | None = None, timeout: float = 0) -> Tensor:
-    """``counts [E] -> [W, E]``, those of every rank. plans, timeout: as of ``exchange_counts``."""
-    if plans is not None:
-        ensure(group, plans, timeout)
-    process_group = resolve_group(group)
-    copies = counts.repeat(process_group.size(), 1)
-    received = torch.empty_like(copies)
-    dist.all_to_all_single(received, copies, group=process_group)
-    return received
-
-
-def _all_counts_fake(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0
-) -> Tensor:
-    return counts.new_empty((resolve_group(group).size(), *counts.shape))
 
 
 def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:
@@ -107,11 +84,6 @@ def _cut_rows_fake(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[
     return sizes, counts.new_empty((pieces, world, counts.shape[1] // world))
 
 
-define(
-    "all_counts(Tensor counts, str group, str? plans=None, float timeout=0.0) -> Tensor",
-    _all_counts,
-    _all_counts_fake,
-)
 define(
     "cut_rows(Tensor counts, int rank, int chunks, int least) -> (Tensor sizes, Tensor received)",
     _cut_rows,

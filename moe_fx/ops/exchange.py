@@ -34,11 +34,14 @@ from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
 from moe_fx.ops._define import define
 
+NOBODY = -1
+"""Sizes of rows that no rank of the group sends or receives: nothing is exchanged."""
+
 
 @dataclass(frozen=True)
 class _Pending:
     """An exchange under way; holding the buffers here keeps both from being freed.
-    ``given``: address of the rows that ``all_to_all`` got."""
+    ``given``: address of the rows that ``all_to_all`` got. ``work``: None if nothing travels."""
 
     received: Tensor
     sent: Tensor
@@ -105,11 +108,10 @@ def _split_sizes_fake(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> T
 
 
 def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
-    """Counts below 0: no rank has anything to exchange (`moe_fx.ops.cuts`)."""
     process_group = resolve_group(group)
     send, recv = send_counts.tolist(), recv_counts.tolist()
     given = rows.data_ptr()
-    if min(recv) < 0 and not rows.shape[0]:
+    if NOBODY in recv and not rows.shape[0]:
         return _started(_Pending(torch.empty_like(rows), rows, given, None))
     rows = rows.contiguous()
     if sum(send) != rows.shape[0]:
