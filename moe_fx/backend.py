@@ -19,8 +19,8 @@ from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
-from moe_fx.options import Options, parse_options
-from moe_fx.order import ORDERS_LATER, base_arguments, compile_ordered
+from moe_fx.options import ORDERS_LATER, Options, parse_options
+from moe_fx.order import base_arguments, compile_ordered
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 

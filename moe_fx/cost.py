@@ -14,7 +14,9 @@ Against measurements (docs/overlap.md, uniform routing, the chosen plan): 15 to 
 the link is the longer side, since the busiest rank is expected to get 1.1 times the mean; from 27 %
 too short to 22 % too long where compute is, which varies as much on that machine.
 
-Training adds the same pipeline with twice the matrix products (gradients of rows and of weights).
+Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
+fill the waiting: of each piece once it is done, or where they are summed as one product, of all
+once the last one is.
 
 ::
 
@@ -51,7 +53,8 @@ class Layer:
     tokens: T, of this rank. matmuls: (D, N) of each matrix product of an expert, in order.
     shared: the same of a shared expert. dispatch_bytes, combine_bytes: of a row on its way to its
     expert, and back. skew: rows of the busiest rank over the mean (1.1: routers trained for
-    balance; 1.0: even); all wait for the busiest.
+    balance; 1.0: even); all wait for the busiest. sums_gradients: those of weights are one product
+    for each expert, whatever the chunks (`moe_fx.passes.sum_gradients`).
     """
 
     tokens: int
@@ -65,6 +68,7 @@ class Layer:
     training: bool = False
     skew: float = 1.1
     shared: tuple[tuple[int, int], ...] = ()
+    sums_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.world_size < 2 or self.num_experts % self.world_size:
@@ -128,7 +132,9 @@ class Choice:
             return False
         if self.strategy != "alltoall" and self.expert_slices * self.row_slices > 1:
             return False
-        if self.row_slices > 1 and (layer.training or self.chunks > self.row_slices):
+        if self.row_slices > 1 and layer.training and not layer.sums_gradients:
+            return False
+        if self.row_slices > 1 and self.chunks > self.row_slices:
             return False
         return layer.local_experts % self.expert_slices == 0
 
@@ -184,13 +190,14 @@ def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
     if choice.strategy == "padded_alltoall":
         all_slots = layer.rows / layer.fill(choice.capacity_factor)
     travelling = all_slots * (layer.world_size - 1) / layer.world_size
-    work = []
+    work, pieces = [], []
     for share in choice.shares:
         experts = layer.local_experts / choice.expert_slices
         if choice.row_slices > 1:
             experts = max(1.0, layer.local_experts * share)
         rows, slots = all_rows * share, all_slots * share
-        seconds = _experts(layer, compute, rows, slots, experts, choice, backward)
+        pieces.append((rows, experts))
+        seconds = _experts(layer, compute, rows, slots, experts)
         seconds += compute.copy_seconds(slots * (layer.dispatch_bytes + layer.combine_bytes))
         work.append(seconds + compute.piece_seconds())
     returned = layer.rows * layer.combine_bytes
@@ -202,6 +209,7 @@ def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
         combine=[travelling * layer.combine_bytes * share for share in choice.shares],
         after=joined + compute.copy_seconds(2 * returned),
         filler=_shared(layer, compute, backward),
+        fillers=_weight_gradients(layer, compute, pieces, choice) if backward else (),
     )
 
 
@@ -213,7 +221,8 @@ def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -
     slots = layer.rows / layer.fill(choice.capacity_factor) / pieces
     everyone = layer.tokens * layer.world_size
     travelling = layer.tokens * (layer.world_size - 1) / pieces
-    work = _experts(layer, compute, rows, slots, layer.local_experts, choice, backward)
+    experts = layer.local_experts
+    work = _experts(layer, compute, rows, slots, experts)
     work += compute.copy_seconds(slots * layer.dispatch_bytes + rows * layer.combine_bytes)
     return Pipeline(
         before=compute.copy_seconds(2 * everyone * layer.dispatch_bytes),
@@ -222,6 +231,9 @@ def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -
         combine=[travelling * layer.combine_bytes] * pieces,
         after=compute.copy_seconds(2 * everyone * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
+        fillers=_weight_gradients(layer, compute, [(rows, experts)] * pieces, choice)
+        if backward
+        else (),
     )
 
 
@@ -233,14 +245,16 @@ def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bo
     """Every expert comes to every rank; nothing is computed meanwhile."""
     elements = sum(d * n for d, n in layer.matmuls) * layer.num_experts
     travelling = elements * layer.dtype.itemsize * (layer.world_size - 1) / layer.world_size
-    rows = layer.rows
+    rows, experts = layer.rows, layer.num_experts
+    gradients = _weight_gradients(layer, compute, [(rows, experts)], choice)
     return Pipeline(
         before=compute.copy_seconds(rows * layer.dispatch_bytes),
         dispatch=[travelling],
-        work=[_experts(layer, compute, rows, rows, layer.num_experts, choice, backward)],
+        work=[_experts(layer, compute, rows, rows, experts)],
         combine=[travelling if backward else 0.0],
         after=compute.copy_seconds(2 * rows * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
+        fillers=gradients if backward else (),
     )
 
 
@@ -254,27 +268,31 @@ PRICED = frozenset(_PIPELINES)
 """Strategies that the model knows."""
 
 
-def _experts(
-    layer: Layer,
-    compute: Compute,
-    rows: float,
-    slots: float,
-    experts: float,
-    choice: Choice,
-    backward: bool,
-) -> float:
+def _experts(layer: Layer, compute: Compute, rows: float, slots: float, experts: float) -> float:
     """Matrix products of ``rows`` rows in all, and between them a pass over what the first of two
     produced and the second reads (the activation); both also over slots without a row, which are
-    set to zero. Backward: twice that, and each expert's gradient is stored, by token slices added
-    to that of the slice before."""
-    forward = _products(layer, compute, layer.matmuls, rows / experts, experts)
+    set to zero. Their gradient takes as long."""
+    seconds = _products(layer, compute, layer.matmuls, rows / experts, experts)
     outputs = sum(n for _, n in layer.matmuls[:-1]) + sum(n for _, n in layer.matmuls)
-    forward += compute.copy_seconds(max(0.0, slots - rows) * outputs * layer.dtype.itemsize)
-    if not backward:
-        return forward
-    gradient_bytes = experts * sum(d * n for d, n in layer.matmuls) * layer.dtype.itemsize
-    passes = 2 if choice.token_slices > 1 else 1
-    return 2 * forward + compute.copy_seconds(passes * gradient_bytes)
+    return seconds + compute.copy_seconds(max(0.0, slots - rows) * outputs * layer.dtype.itemsize)
+
+
+def _weight_gradients(
+    layer: Layer, compute: Compute, pieces: Sequence[tuple[float, float]], choice: Choice
+) -> list[float]:
+    """Of each piece of (rows, experts): products, stored; by slices of tokens added to those of the
+    slice before. Summed as one: all of it with the last piece."""
+    passes = 2 if choice.token_slices > 1 and not layer.sums_gradients else 1
+    before: list[float] = []
+    if layer.sums_gradients and len(pieces) > 1:
+        before = [0.0] * (len(pieces) - 1)
+        pieces = [(sum(rows for rows, _ in pieces), layer.local_experts)]
+    elements = sum(d * n for d, n in layer.matmuls)
+    return before + [
+        sum(compute.gemm_seconds(rows / experts, d, n, experts) for d, n in layer.matmuls)
+        + compute.copy_seconds(passes * experts * elements * layer.dtype.itemsize)
+        for rows, experts in pieces
+    ]
 
 
 def _shared(layer: Layer, compute: Compute, backward: bool) -> float:

@@ -24,6 +24,9 @@ Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "mc2", "g
 Overflow = Literal["error", "drop"]
 Lower = Literal["auto", "off", "npu"]
 
+ORDERS_LATER = ("inductor",)
+"""Base compilers that call `moe_fx.order.OrderPass` on the graphs they run, backwards as well."""
+
 
 class Options(BaseModel):
     """What the backend and `moe_fx.explain` accept.

@@ -2,7 +2,8 @@
 
 Inductor cuts a training graph in two and rewrites both; so `passes/overlap.py` orders its forward
 and backward graphs where Inductor hands them to custom passes. What it finds is pinned by
-dependencies, which Inductor's own reordering and fusing then respect.
+dependencies, which Inductor's own reordering and fusing then respect. There too the gradients that
+chunks have of the same weights become one (`passes/sum_gradients.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +16,20 @@ from torch.fx import Graph, GraphModule
 
 from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
 from moe_fx.errors import ConfigurationError
-from moe_fx.options import Options
+from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.overlap import overlap
+from moe_fx.passes.sum_gradients import sum_gradients
 from moe_fx.sources import SOURCES
-
-ORDERS_LATER = ("inductor",)
-"""Base compilers that call `OrderPass` on the graphs they run."""
 
 
 class OrderPass(CustomGraphPass):
-    """Orders one graph in place (`moe_fx.passes.overlap`)."""
+    """Sums gradients of one graph in place, and orders it."""
 
     def __init__(self, memory: float) -> None:
         self.memory = memory
 
     def __call__(self, graph: Graph) -> None:
+        sum_gradients(graph)
         overlap(graph, self.memory, pinned=True)
 
     def uuid(self) -> str:

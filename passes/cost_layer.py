@@ -18,7 +18,7 @@ from moe_fx.region import Region
 _UNKNOWN_TOKENS = 1024
 
 
-def layer_of(region: Region, world_size: int, training: bool) -> Layer:
+def layer_of(region: Region, world_size: int, training: bool, sums_gradients: bool) -> Layer:
     """Tokens as at capture; 1024 where only the run will tell."""
     parts = region.parts
     tokens, cut = value(parts.tokens), value(parts.cut)
@@ -34,6 +34,7 @@ def layer_of(region: Region, world_size: int, training: bool) -> Layer:
         combine_bytes=float(math.prod(shape(parts.cut)[1:]) * cut.element_size()),
         training=training,
         shared=tuple(map(_product, shared_matmuls(parts.combined, parts.tokens))),
+        sums_gradients=sums_gradients,
     )
 
 

@@ -44,6 +44,10 @@ _VIEWS = (
     aten.alias.default,
     aten.detach.default,
 )
+_WEIGHT_GRADIENTS = (
+    ops.grouped_mm_grad_weight.default,
+    ops.grouped_mm_grad_weight_sum.default,
+)
 MATMULS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.linear.default: (0, 1),
@@ -52,7 +56,7 @@ MATMULS: dict[Any, tuple[int, int]] = {
     aten.addmm.default: (1, 2),
     ops.grouped_mm.default: (0, 1),
     ops.grouped_mm_list.default: (0, 1),
-    ops.grouped_mm_grad_weight.default: (0, 1),
+    **dict.fromkeys(_WEIGHT_GRADIENTS, (0, 1)),
 }
 
 
@@ -161,13 +165,17 @@ class GraphCosts:
             self.rows.setdefault(symbol, count)
 
     def _matmul(self, node: Node, compute: Compute) -> float:
+        left: Any
+        right: Any
         left, right = (node.args[at] for at in MATMULS[node.target])
+        if node.target in _WEIGHT_GRADIENTS:
+            experts, inner, outer = self._dims(node)
+            pieces = left if isinstance(left, list) else [left]
+            all_rows = sum(self._dims(piece)[0] for piece in pieces)
+            return compute.gemm_seconds(all_rows / experts, inner, outer, experts)
         separate = len(right) if isinstance(right, list) else 0
         rows = self._dims(left)
         weight = self._dims(right[0] if isinstance(right, list) else right)
-        if node.target is ops.grouped_mm_grad_weight.default:
-            (groups,) = self._dims(node.args[2])
-            return compute.gemm_seconds(rows[0] / groups, rows[1], weight[-1], groups)
         fill: Any = argument(node, 3, "fill") if node.target in _FILLED else None
         fill = 1.0 if fill is None else fill
         if len(weight) == 3:

@@ -11,7 +11,8 @@ Pseudo-code::
         overlap is a number -> the first of them in about so many chunks;  "off" -> in one
         "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx.cost`), by the link and the
                   speeds measured here; decided by the group's first rank, once per kind of layer
-        chunks of an exact all-to-all are cut by rows, in training and on NPUs by expert
+        chunks of an exact all-to-all are cut by rows; by expert on NPUs, and in training by a base
+        compiler whose backward graph is out of reach
 
 Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly; a
 region that the strategy asked for does not fit.
@@ -32,7 +33,7 @@ from moe_fx.compat import resolve_group
 from moe_fx.cost import PRICED, Choice, Layer, choose, timeline
 from moe_fx.decide import decide, link_of
 from moe_fx.errors import ConfigurationError
-from moe_fx.options import Options
+from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.cost_layer import device_of, layer_of
 from moe_fx.passes.roles import value
@@ -160,15 +161,19 @@ def _cut(
 
 
 def _by_rows(region: Region, context: Context) -> bool:
-    """Whether chunks of an exact all-to-all are cut by rows. Not in training: each chunk would have
-    gradients of all experts' weights. Not on NPUs, whose graphs know chunks by expert."""
-    return not context.training and not lowers(context.options, [value(region.parts.tokens)])
+    """Whether chunks of an exact all-to-all are cut by rows. In training each chunk has gradients
+    of all experts' weights: only where they are summed as one. Not on NPUs, whose graphs know
+    chunks by expert."""
+    if context.training and context.options.base not in ORDERS_LATER:
+        return False
+    return not lowers(context.options, [value(region.parts.tokens)])
 
 
 def _cheapest(
     region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
 ) -> tuple[Choice, Predicted]:
-    layer = layer_of(region, group.size(), context.training)
+    sums_gradients = context.options.base in ORDERS_LATER
+    layer = layer_of(region, group.size(), context.training, sums_gradients)
     device = device_of(region)
     timeout = context.options.agree_timeout
     link = link_of(group, device, timeout)

@@ -102,10 +102,28 @@ def test_bytes_under_way_change_pace_when_another_exchange_is_queued() -> None:
     assert predicted == Prediction(1 + 3 + 3 + 1 + 3 + 1 + 5, 6, 1 + 3 + 4 + 4 + 5, 11)
 
 
-def test_training_adds_a_pass_with_twice_the_products() -> None:
+def test_gradients_of_weights_fill_the_waiting() -> None:
+    # the backward is the forward and 16 s more of products, 9 of them during the combine
     forward = predict(LAYER, LINK, GEMMS, Choice())
     both = predict(replace(LAYER, training=True), LINK, GEMMS, Choice())
-    assert both == forward + Prediction(35 + 16, 32, 19, 19)
+    assert both == forward + Prediction(35 + 7, 32, 19, 10)
+
+
+def test_summed_gradients_are_those_of_all_chunks_at_the_end() -> None:
+    # 1 counts, 3 dispatch, 16 experts; then 5 combine, behind which 5 of the 16 s
+    training = replace(LAYER, training=True)
+    summed = replace(training, sums_gradients=True)
+    each, one = (predict(layer, LINK, GEMMS, Choice(2)) for layer in (training, summed))
+    assert each == one == predict(LAYER, LINK, GEMMS, Choice(2)) + Prediction(36, 32, 19, 4)
+
+
+def test_gradients_of_each_chunk_fill_the_waiting_for_the_next() -> None:
+    halves = Pipeline(before=0, dispatch=[4.0] * 2, work=[1.0] * 2, combine=[0.0] * 2, after=0)
+    each, one = (
+        simulate(replace(halves, fillers=fillers), LINK) for fillers in ([2.0, 2.0], [0.0, 4.0])
+    )
+    assert (each.compute, one.compute) == (6, 6)
+    assert each.exposed < one.exposed
 
 
 def test_copies() -> None:
@@ -124,6 +142,8 @@ def test_gradients_of_weights_are_stored_and_by_token_slices_added() -> None:
     )
     assert experts.compute - one.compute == 2 * 16  # two joins
     assert tokens.compute - experts.compute == (2 * 2 - 1) * 4 * 12 * 4
+    summed = predict(replace(layer, sums_gradients=True), LINK, toy, Choice(1, 2))
+    assert summed.compute == experts.compute
 
 
 def test_skew_lengthens_work_and_exchange() -> None:
@@ -148,9 +168,11 @@ def test_rejects_what_the_layer_cannot_do(choice: Choice) -> None:
         predict(LAYER, LINK, GEMMS, choice)
 
 
-def test_chunks_by_rows_are_for_inference() -> None:
+def test_chunks_by_rows_are_trained_where_gradients_are_summed() -> None:
+    training = replace(LAYER, training=True)
     with pytest.raises(ValueError, match="does not fit"):
-        predict(replace(LAYER, training=True), LINK, GEMMS, Choice(row_slices=2))
+        predict(training, LINK, GEMMS, Choice(row_slices=2))
+    assert Choice(row_slices=2).legal(replace(training, sums_gradients=True))
 
 
 def test_chunks_by_rows_have_outer_ones_in_halves() -> None:

@@ -141,6 +141,52 @@ def _grouped_mm_grad_weight_fake(rows: Tensor, grad: Tensor, offsets: Tensor) ->
     return rows.new_empty((offsets.shape[0], rows.shape[1], grad.shape[1]))
 
 
+def _grouped_mm_grad_weight_sum(
+    rows: list[Tensor], grads: list[Tensor], offsets: list[Tensor]
+) -> Tensor:
+    """The sum of ``grouped_mm_grad_weight`` of all pieces: one product of all rows of an expert,
+    in the order of the pieces. Rows behind a piece's last offset are nobody's."""
+    if rows[0].device.type != "cpu":
+        return _grad_weight_of_joined(rows, grads, offsets)
+    experts, (inner, outer) = offsets[0].numel(), (rows[0].shape[1], grads[0].shape[1])
+    out = rows[0].new_empty((experts, inner, outer))
+    bounds = [[0, *piece.tolist()] for piece in offsets]
+    for expert in range(experts):
+        parts = [
+            (left[at[expert] : at[expert + 1]], right[at[expert] : at[expert + 1]])
+            for left, right, at in zip(rows, grads, bounds, strict=True)
+            if at[expert + 1] > at[expert]
+        ]
+        if not parts:
+            out[expert].zero_()
+            continue
+        left, right = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        torch.mm(left.t(), right, out=out[expert])
+    return out
+
+
+def _grad_weight_of_joined(
+    rows: list[Tensor], grads: list[Tensor], offsets: list[Tensor]
+) -> Tensor:
+    """Where the host does not know the offsets: all pieces' rows, sorted by expert."""
+    counts = [
+        torch.cat([piece.diff(prepend=piece.new_zeros(1)), len(left) - piece[-1:]])
+        for left, piece in zip(rows, offsets, strict=True)
+    ]
+    by_piece = torch.stack(counts).long()
+    sorted_rows, sorted_grads = (
+        _regroup(torch.cat(pieces), by_piece)[0] for pieces in (rows, grads)
+    )
+    total = torch.stack(offsets).sum(0, dtype=offsets[0].dtype)
+    return _grouped_mm_grad_weight(sorted_rows, sorted_grads, total)
+
+
+def _grouped_mm_grad_weight_sum_fake(
+    rows: list[Tensor], grads: list[Tensor], offsets: list[Tensor]
+) -> Tensor:
+    return _grouped_mm_grad_weight_fake(rows[0], grads[0], offsets[0])
+
+
 def _aten_can_group(*operands: Tensor) -> bool:
     """``torch._grouped_mm`` takes three dtypes, one unit stride and 16-byte aligned other strides
     (torch 2.13, CPU and CUDA). Where it refuses, experts are multiplied one by one."""
@@ -203,4 +249,10 @@ define(
     "grouped_mm_grad_weight(Tensor rows, Tensor grad, Tensor offsets) -> Tensor",
     _grouped_mm_grad_weight,
     _grouped_mm_grad_weight_fake,
+)
+define(
+    "grouped_mm_grad_weight_sum(Tensor[] rows, Tensor[] grads, Tensor[] offsets) -> Tensor",
+    _grouped_mm_grad_weight_sum,
+    _grouped_mm_grad_weight_sum_fake,
+    any_layout=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moe_fx.ops  # noqa: F401  (registers the ops)
+from moe_fx.ops import experts
 
 ops = torch.ops.moe_fx
 
@@ -139,6 +139,50 @@ def test_grouped_mm_grad_weight_passes_opcheck(case: str) -> None:
     rows, weight, offsets = grouped_arguments(*GROUPED[case], EXPERT_ROWS)
     grad = torch.randn(len(rows), weight.shape[2], dtype=rows.dtype)
     opcheck(ops.grouped_mm_grad_weight, (rows.detach(), grad, offsets))
+
+
+@st.composite
+def pieces_of_rows(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(rows, grads, offsets) of pieces; some rows behind the last offset are nobody's."""
+    experts = draw(st.integers(1, 4))
+    rows, grads, offsets = [], [], []
+    for seed in range(draw(st.integers(1, 4))):
+        counts = draw(st.lists(st.integers(0, 3), min_size=experts, max_size=experts))
+        total = sum(counts) + draw(st.integers(0, 2))
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.randn(total, 3, dtype=torch.float64, generator=generator))
+        grads.append(torch.randn(total, 2, dtype=torch.float64, generator=generator))
+        offsets.append(offsets_of(counts))
+    return rows, grads, offsets
+
+
+@pytest.mark.parametrize(
+    "op", [ops.grouped_mm_grad_weight_sum, experts._grad_weight_of_joined], ids=["host", "device"]
+)
+@given(pieces_of_rows())
+@property_test
+def test_grad_weight_sum_is_the_sum_of_each(
+    op: Callable[..., Tensor], pieces: tuple[list[Tensor], list[Tensor], list[Tensor]]
+) -> None:
+    """Also the way it goes where the host does not know the offsets."""
+    each = [ops.grouped_mm_grad_weight(*piece) for piece in zip(*pieces, strict=True)]
+    torch.testing.assert_close(op(*pieces), torch.stack(each).sum(0))
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_grad_weight_sum_passes_opcheck(case: str) -> None:
+    rows, weight, offsets = grouped_arguments(*GROUPED[case], EXPERT_ROWS)
+    grad = torch.randn(len(rows), weight.shape[2], dtype=rows.dtype)
+    pieces = [rows.detach()] * 2, [grad] * 2, [offsets] * 2
+    opcheck(ops.grouped_mm_grad_weight_sum, pieces)
+
+
+def test_grad_weight_sum_of_whole_experts_is_that_of_all_rows_bit_for_bit() -> None:
+    rows, weight, offsets = grouped_arguments(*GROUPED["float64"], EXPERT_ROWS)
+    rows, grad = rows.detach(), torch.randn(7, weight.shape[2], dtype=rows.dtype)
+    of_pieces = [offsets_of([3, 0, 0, 0]), offsets_of([0, 0, 4, 0])]
+    found = ops.grouped_mm_grad_weight_sum(rows.split([3, 4]), grad.split([3, 4]), of_pieces)
+    assert torch.equal(found, ops.grouped_mm_grad_weight(rows, grad, offsets))
 
 
 def test_grouped_mm_has_the_gradient_of_its_formula() -> None:
