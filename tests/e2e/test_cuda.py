@@ -54,7 +54,7 @@ def errors(
     run = compiled(module, strategy=strategy, overlap=chunks)
     found: list[list[Tensor]] = []
     for call in (module, run):
-        values = tokens(1, 64, 128, dtype=dtype, seed=rank).cuda().requires_grad_(training)
+        values = tokens(1, 1024, 128, dtype=dtype, seed=rank).cuda().requires_grad_(training)
         with torch.set_grad_enabled(training):
             out = first(call(values))
             results = [out.detach()]
@@ -82,7 +82,7 @@ def test_a_block_gives_what_eager_gives(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_are_those_of_eager(gpus: RankPool, strategy: str) -> None:
-    for found in gpus.run(errors, "qwen3_moe", torch.float32, strategy, 2, True, timeout=400):
+    for found in gpus.run(errors, "qwen3_moe", torch.float32, strategy, 4, True, timeout=400):
         assert max(found) <= CLOSE[torch.float32]
 
 
