@@ -48,11 +48,11 @@ def moe_fx_backend(
     log.info("%s", report)
     if parsed.strict:
         _check_strict(report)
-    ordered = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
     if lowers(parsed, example_inputs):
         compiled = compile_lowered(rewritten, example_inputs, parsed, report)
-    elif ordered:
-        compiled = compile_ordered(rewritten, example_inputs, parsed)
+    elif report.plans:
+        overlaps = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
+        compiled = compile_ordered(rewritten, example_inputs, parsed, overlaps)
     else:
         compiled = base_compiler(parsed.base)(
             rewritten, list(example_inputs), **base_arguments(parsed)

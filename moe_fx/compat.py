@@ -139,6 +139,17 @@ def inductor_passes(own: CustomGraphPass) -> Any:
     return [*(present if isinstance(present, (list, tuple)) else [present]), own]
 
 
+def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
+    """Inductor copies an output of a backward graph to the strides that it had when the graph was
+    handed over: ``node`` is to be returned as it is."""
+    (output,) = graph.find_nodes(op="output")
+    strides = output.meta.get("original_output_strides")
+    returned: Any = output.args[0]
+    for at, each in enumerate(returned):
+        if each is node and strides is not None:
+            strides[at] = node.meta["val"].stride()
+
+
 def group_store(group: dist.ProcessGroup) -> dist.Store:
     """The key-value store the group's ranks share."""
     return group.get_group_store()

@@ -209,7 +209,7 @@ def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
         combine=[travelling * layer.combine_bytes * share for share in choice.shares],
         after=joined + compute.copy_seconds(2 * returned),
         filler=_shared(layer, compute, backward),
-        fillers=_weight_gradients(layer, compute, pieces, choice) if backward else (),
+        fillers=_weight_gradients(layer, compute, pieces, choice) if backward else [],
     )
 
 
@@ -221,8 +221,8 @@ def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -
     slots = layer.rows / layer.fill(choice.capacity_factor) / pieces
     everyone = layer.tokens * layer.world_size
     travelling = layer.tokens * (layer.world_size - 1) / pieces
-    experts = layer.local_experts
-    work = _experts(layer, compute, rows, slots, experts)
+    cut = [(rows, layer.local_experts)] * pieces
+    work = _experts(layer, compute, rows, slots, layer.local_experts)
     work += compute.copy_seconds(slots * layer.dispatch_bytes + rows * layer.combine_bytes)
     return Pipeline(
         before=compute.copy_seconds(2 * everyone * layer.dispatch_bytes),
@@ -231,9 +231,7 @@ def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -
         combine=[travelling * layer.combine_bytes] * pieces,
         after=compute.copy_seconds(2 * everyone * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
-        fillers=_weight_gradients(layer, compute, [(rows, experts)] * pieces, choice)
-        if backward
-        else (),
+        fillers=_weight_gradients(layer, compute, cut, choice) if backward else [],
     )
 
 
@@ -246,7 +244,6 @@ def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bo
     elements = sum(d * n for d, n in layer.matmuls) * layer.num_experts
     travelling = elements * layer.dtype.itemsize * (layer.world_size - 1) / layer.world_size
     rows, experts = layer.rows, layer.num_experts
-    gradients = _weight_gradients(layer, compute, [(rows, experts)], choice)
     return Pipeline(
         before=compute.copy_seconds(rows * layer.dispatch_bytes),
         dispatch=[travelling],
@@ -254,7 +251,7 @@ def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bo
         combine=[travelling if backward else 0.0],
         after=compute.copy_seconds(2 * rows * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
-        fillers=gradients if backward else (),
+        fillers=_weight_gradients(layer, compute, [(rows, experts)], choice) if backward else [],
     )
 
 

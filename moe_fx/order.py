@@ -3,7 +3,8 @@
 Inductor cuts a training graph in two and rewrites both; so `passes/overlap.py` orders its forward
 and backward graphs where Inductor hands them to custom passes. What it finds is pinned by
 dependencies, which Inductor's own reordering and fusing then respect. There too the gradients that
-chunks have of the same weights become one (`passes/sum_gradients.py`).
+chunks have of the same weights become one (`passes/sum_gradients.py`), in their parameters' layout
+(`passes/gradient_layout.py`).
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from torch.fx import Graph, GraphModule
 from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
+from moe_fx.passes.gradient_layout import lay_out_gradients
 from moe_fx.passes.overlap import overlap
 from moe_fx.passes.sum_gradients import sum_gradients
 from moe_fx.sources import SOURCES
 
 
 class OrderPass(CustomGraphPass):
-    """Sums gradients of one graph in place, and orders it."""
+    """Gives one graph the gradients that it should have, in place, and orders it. memory: how much
+    more the order may take; None: the order stays."""
 
-    def __init__(self, memory: float) -> None:
+    def __init__(self, memory: float | None) -> None:
         self.memory = memory
 
     def __call__(self, graph: Graph) -> None:
         sum_gradients(graph)
-        overlap(graph, self.memory, pinned=True)
+        lay_out_gradients(graph)
+        if self.memory is not None:
+            overlap(graph, self.memory, pinned=True)
 
     def uuid(self) -> str:
         return f"moe_fx.OrderPass {SOURCES} {torch.__version__} {self.memory}"
@@ -58,18 +63,18 @@ def base_arguments(options: Options) -> dict[str, Any]:
 
 
 def compile_ordered(
-    module: GraphModule, inputs: Sequence[Any], options: Options
+    module: GraphModule, inputs: Sequence[Any], options: Options, overlaps: bool
 ) -> Callable[..., Any]:
-    """``module`` compiled by ``options.base``, which orders what it makes of it if it can."""
+    """``module`` compiled by ``options.base``, which orders what it makes of it if it can.
+    overlaps: there are exchanges to run beside compute."""
     compiler = base_compiler(options.base)
     if options.base not in ORDERS_LATER:
         return compiler(module, list(inputs), **base_arguments(options))
-    own = {
-        "post_grad_custom_pre_pass": inductor_passes(OrderPass(options.overlap_memory)),
+    memory = options.overlap_memory if overlaps else None
+    own: dict[str, Any] = {"post_grad_custom_pre_pass": inductor_passes(OrderPass(memory))}
+    if overlaps:
         # The first would start each exchange where it is waited for, the second do the filling
         # before anything is started.
-        "reorder_for_locality": False,
-        "reorder_for_peak_memory": False,
-    }
+        own |= {"reorder_for_locality": False, "reorder_for_peak_memory": False}
     patches = beside(options.base_options, own)
     return compiler(module, list(inputs), config_patches=patches)
