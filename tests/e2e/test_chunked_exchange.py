@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from unittest import mock
 
@@ -88,6 +89,36 @@ def test_gradients_of_experts_cut_in_two_are_those_of_the_whole(
     for one, other in zip(whole, found, strict=True):
         for expected, value in zip(one, other, strict=True):
             assert relative_error(expected, value) <= EXACT
+
+
+def strides(rank: int, overlap: int | str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Of each experts' parameter, as autograd gets its gradient, and its own."""
+    torch._dynamo.reset()
+    module = block("qwen3_moe")
+    moe_fx.shard_experts(module, dist.group.WORLD)
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def note(own: tuple[int, ...], gradient: Tensor) -> None:
+        found.append((gradient.stride(), own))
+
+    for name, parameter in module.named_parameters():
+        if "experts" in name:
+            parameter.register_hook(functools.partial(note, parameter.stride()))
+    options = {"overlap": overlap}
+    compiled = torch.compile(module, backend="moe_fx", options=options)
+    out = compiled(tokens(1, 16, 64, seed=rank))
+    (out if isinstance(out, Tensor) else out[0]).sum().backward()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["off", 4])
+def test_gradients_come_in_their_parameters_layout(ranks2: RankPool, overlap: int | str) -> None:
+    """Autograd would copy others: a seventh of a layer's step."""
+    for found in ranks2.run(strides, overlap, timeout=400):
+        assert len(found) == 2
+        for gradient, own in found:
+            assert gradient == own
 
 
 def messages(rank: int, counts: tuple[int, ...]) -> list[tuple[int, float]]:
