@@ -164,15 +164,23 @@ def _by_rows(region: Region, context: Context) -> bool:
     """Whether chunks of an exact all-to-all are cut by rows. In training each chunk has gradients
     of all experts' weights: only where they are summed as one. Not on NPUs, whose graphs know
     chunks by expert."""
-    if context.training and context.options.base not in ORDERS_LATER:
-        return False
-    return not lowers(context.options, [value(region.parts.tokens)])
+    if context.training:
+        return _sums_gradients(region, context)
+    return not _lowered(region, context)
+
+
+def _sums_gradients(region: Region, context: Context) -> bool:
+    return context.options.base in ORDERS_LATER and not _lowered(region, context)
+
+
+def _lowered(region: Region, context: Context) -> bool:
+    return lowers(context.options, [value(region.parts.tokens)])
 
 
 def _cheapest(
     region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
 ) -> tuple[Choice, Predicted]:
-    sums_gradients = context.options.base in ORDERS_LATER
+    sums_gradients = _sums_gradients(region, context)
     layer = layer_of(region, group.size(), context.training, sums_gradients)
     device = device_of(region)
     timeout = context.options.agree_timeout
