@@ -15,12 +15,11 @@ import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.capture import NotFunctional, capture
-from moe_fx.compat import base_compiler
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
 from moe_fx.options import ORDERS_LATER, Options, parse_options
-from moe_fx.order import base_arguments, compile_ordered
+from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
 
@@ -48,20 +47,15 @@ def moe_fx_backend(
     log.info("%s", report)
     if parsed.strict:
         _check_strict(report)
+    training = is_training(example_inputs)
     if lowers(parsed, example_inputs):
         compiled = compile_lowered(rewritten, example_inputs, parsed, report)
-    elif report.plans:
-        overlaps = parsed.overlap != "off" and any(plan.exchanges for plan in report.plans)
-        compiled = compile_ordered(rewritten, example_inputs, parsed, overlaps)
     else:
-        compiled = base_compiler(parsed.base)(
-            rewritten, list(example_inputs), **base_arguments(parsed)
-        )
+        compiled = compile_by_base(rewritten, example_inputs, parsed, report.plans, training)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
     if groups:
-        training = is_training(example_inputs)
         compiled = agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
     return local.wrap(compiled)
 

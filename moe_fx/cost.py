@@ -10,9 +10,10 @@ they were queued. A layer is a pipeline over its pieces::
 Work that depends on neither side (a shared expert) is done while there is nothing else to do, and
 what is then left of it at the end.
 
-Against measurements (docs/overlap.md, uniform routing, the chosen plan): 15 to 18 % too long where
-the link is the longer side, since the busiest rank is expected to get 1.1 times the mean; from 27 %
-too short to 22 % too long where compute is, which varies as much on that machine.
+Against measurements (docs/overlap.md, the chosen plan): forward 11 to 18 % too long where the link
+is the longer side, since the busiest rank is expected to get 1.1 times the mean; from 27 % too
+short to 22 % too long where compute is, which varies as much on that machine. Forward and backward
+from 32 % too short (compute is the longer side) to 7 % too long.
 
 Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
 fill the waiting: of each piece once it is done, or where they are summed as one product, of all
@@ -211,7 +212,7 @@ def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
         combine=[travelling * layer.combine_bytes * share for share in choice.shares],
         after=joined + compute.copy_seconds(2 * returned),
         filler=_shared(layer, compute, backward),
-        fillers=_weight_gradients(layer, compute, pieces, choice) if backward else [],
+        piece_fillers=_weight_gradients(layer, compute, pieces, choice, backward),
     )
 
 
@@ -233,7 +234,7 @@ def _allgather(layer: Layer, compute: Compute, choice: Choice, backward: bool) -
         combine=[travelling * layer.combine_bytes] * pieces,
         after=compute.copy_seconds(2 * everyone * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
-        fillers=_weight_gradients(layer, compute, cut, choice) if backward else [],
+        piece_fillers=_weight_gradients(layer, compute, cut, choice, backward),
     )
 
 
@@ -253,7 +254,7 @@ def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bo
         combine=[travelling if backward else 0.0],
         after=compute.copy_seconds(2 * rows * layer.combine_bytes),
         filler=_shared(layer, compute, backward),
-        fillers=_weight_gradients(layer, compute, [(rows, experts)], choice) if backward else [],
+        piece_fillers=_weight_gradients(layer, compute, [(rows, experts)], choice, backward),
     )
 
 
@@ -277,10 +278,16 @@ def _experts(layer: Layer, compute: Compute, rows: float, slots: float, experts:
 
 
 def _weight_gradients(
-    layer: Layer, compute: Compute, pieces: Sequence[tuple[float, float]], choice: Choice
+    layer: Layer,
+    compute: Compute,
+    pieces: Sequence[tuple[float, float]],
+    choice: Choice,
+    backward: bool,
 ) -> list[float]:
     """Of each piece of (rows, experts): products, stored; by slices of tokens added to those of the
-    slice before. Summed as one: all of it with the last piece."""
+    slice before. Summed as one: all of it with the last piece. Forward: none."""
+    if not backward:
+        return []
     passes = 2 if choice.token_slices > 1 and not layer.sums_gradients else 1
     before: list[float] = []
     if layer.sums_gradients and len(pieces) > 1:

@@ -35,8 +35,8 @@ class Prediction:
 @dataclass(frozen=True)
 class Pipeline:
     """Seconds of compute before, of each piece and after; bytes a rank sends to others, of each
-    piece, on the way to the experts and back. filler: seconds of compute at any time. fillers: of
-    each piece, at any time once its work is done."""
+    piece, on the way to the experts and back. filler: seconds of compute at any time.
+    piece_fillers: of each piece, at any time once its work is done."""
 
     before: float
     dispatch: Sequence[float]
@@ -44,7 +44,7 @@ class Pipeline:
     combine: Sequence[float]
     after: float
     filler: float = 0.0
-    fillers: Sequence[float] = ()
+    piece_fillers: Sequence[float] = ()
 
 
 def simulate(pipeline: Pipeline, link: Link, spans: list[Span] | None = None) -> Prediction:
@@ -55,7 +55,7 @@ def simulate(pipeline: Pipeline, link: Link, spans: list[Span] | None = None) ->
     clock.wait(wire.queue(0.0))  # the counts
     arrivals = [wire.queue(num_bytes) for num_bytes in pipeline.dispatch]
     returns = []
-    fillers = pipeline.fillers or [0.0] * len(arrivals)
+    fillers = pipeline.piece_fillers or [0.0] * len(arrivals)
     pieces = zip(arrivals, pipeline.work, pipeline.combine, fillers, strict=True)
     for arrival, work, num_bytes, filler in pieces:
         clock.wait(arrival)

@@ -21,6 +21,7 @@ from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.gradient_layout import lay_out_gradients
 from moe_fx.passes.overlap import overlap
 from moe_fx.passes.sum_gradients import sum_gradients
+from moe_fx.plan import ExchangePlan
 from moe_fx.sources import SOURCES
 
 
@@ -62,13 +63,18 @@ def base_arguments(options: Options) -> dict[str, Any]:
     return {name: dict(options.base_options)}
 
 
-def compile_ordered(
-    module: GraphModule, inputs: Sequence[Any], options: Options, overlaps: bool
+def compile_by_base(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    plans: Sequence[ExchangePlan],
+    training: bool,
 ) -> Callable[..., Any]:
-    """``module`` compiled by ``options.base``, which orders what it makes of it if it can.
-    overlaps: there are exchanges to run beside compute."""
+    """``module``, in which ``plans`` were carried out, compiled by ``options.base``. If that calls
+    `OrderPass`, gradients become what they should be and exchanges run beside compute."""
     compiler = base_compiler(options.base)
-    if options.base not in ORDERS_LATER:
+    overlaps = options.overlap != "off" and any(plan.exchanges for plan in plans)
+    if options.base not in ORDERS_LATER or not (overlaps or (plans and training)):
         return compiler(module, list(inputs), **base_arguments(options))
     memory = options.overlap_memory if overlaps else None
     own: dict[str, Any] = {"post_grad_custom_pre_pass": inductor_passes(OrderPass(memory))}

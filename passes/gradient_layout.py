@@ -14,12 +14,15 @@ Rejects (left as they are): gradients that are also used as they are; other perm
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from moe_fx.compat import let_outputs_have_own_strides
+
+log = logging.getLogger("moe_fx")
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
@@ -33,25 +36,25 @@ def lay_out_gradients(graph: Graph) -> None:
         if not _transposes(node):
             continue
         (gradient,) = node.all_input_nodes
-        if gradient.target not in _GRADIENTS or len(gradient.users) > 1:
+        if gradient.target not in _GRADIENTS:
+            continue
+        if len(gradient.users) > 1:
+            log.info("%s is used transposed and as it is: autograd may copy it", gradient.name)
             continue
         rows, grads, offsets = gradient.args
-        with graph.inserting_before(gradient):
-            laid_out = graph.call_function(gradient.target, (grads, rows, offsets))
-        laid_out.meta = {"val": node.meta["val"].new_empty(node.meta["val"].shape)}
-        if "stack_trace" in gradient.meta:
-            laid_out.meta["stack_trace"] = gradient.meta["stack_trace"]
-        node.replace_all_uses_with(laid_out)
-        let_outputs_have_own_strides(graph, laid_out)
+        gradient.args = (grads, rows, offsets)
+        gradient.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape)
+        gradient.meta.pop("eager_input_vals", None)  # of the arguments that were
+        node.replace_all_uses_with(gradient)
+        let_outputs_have_own_strides(graph, gradient)
         graph.erase_node(node)
-        graph.erase_node(gradient)
 
 
 def _transposes(node: Node) -> bool:
     """The two inner dims of three."""
     if node.target is aten.permute.default:
         dims: Any = node.args[1]
-        return [dim % 3 for dim in dims] == [0, 2, 1] if len(dims) == 3 else False
+        return len(dims) == 3 and [dim % 3 for dim in dims] == [0, 2, 1]
     if node.target is aten.transpose.int:
         inner: Any = node.args[1:]
         return node.meta["val"].dim() == 3 and {dim % 3 for dim in inner} == {1, 2}

@@ -12,11 +12,13 @@ Pseudo-code::
         its terms that show gradients, by the views through which they do
         two or more through the same -> those views of grouped_mm_grad_weight_sum(of all)
 
-Rejects (left as they are): sums with a factor, or of terms of other shapes.
+Rejects (left as they are): sums with a factor; terms of other shapes; gradients that are seen
+through different views (said in the log).
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -24,6 +26,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+log = logging.getLogger("moe_fx")
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
@@ -101,6 +105,12 @@ class _Joining:
                 gradient, views = seen
                 by_views.setdefault(views, []).append((self.positions[gradient], gradient, term))
         if all(len(found) == 1 for found in by_views.values()):
+            if len(by_views) > 1:
+                log.info(
+                    "the gradients of experts' weights that %s adds are of different experts or "
+                    "layouts: each is computed by itself",
+                    root.name,
+                )
             return
         with self.graph.inserting_before(root):
             for views, found in by_views.items():

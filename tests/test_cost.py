@@ -120,7 +120,8 @@ def test_summed_gradients_are_those_of_all_chunks_at_the_end() -> None:
 def test_gradients_of_each_chunk_fill_the_waiting_for_the_next() -> None:
     halves = Pipeline(before=0, dispatch=[4.0] * 2, work=[1.0] * 2, combine=[0.0] * 2, after=0)
     each, one = (
-        simulate(replace(halves, fillers=fillers), LINK) for fillers in ([2.0, 2.0], [0.0, 4.0])
+        simulate(replace(halves, piece_fillers=seconds), LINK)
+        for seconds in ([2.0, 2.0], [0.0, 4.0])
     )
     assert (each.compute, one.compute) == (6, 6)
     assert each.exposed < one.exposed

@@ -129,12 +129,7 @@ def _grouped_mm_grad_weight(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tens
     """``[R, D], [R, N] -> [L, D, N]``: each expert's rows, transposed, times their gradient."""
     if _aten_can_group(rows, grad):
         return torch._grouped_mm(rows.t(), grad, offsets)
-    out = rows.new_zeros((offsets.numel(), rows.shape[1], grad.shape[1]))
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        torch.mm(rows[start:end].t(), grad[start:end], out=out[expert])
-        start = end
-    return out
+    return _grad_weight_one_by_one([rows], [grad], [offsets])
 
 
 def _grouped_mm_grad_weight_fake(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
@@ -146,8 +141,16 @@ def _grouped_mm_grad_weight_sum(
 ) -> Tensor:
     """The sum of ``grouped_mm_grad_weight`` of all pieces: one product of all rows of an expert,
     in the order of the pieces. Rows behind a piece's last offset are nobody's."""
-    if rows[0].device.type != "cpu":
-        return _grad_weight_of_joined(rows, grads, offsets)
+    if rows[0].device.type == "cpu":
+        return _grad_weight_one_by_one(rows, grads, offsets)
+    return _grad_weight_of_joined(rows, grads, offsets)
+
+
+def _grad_weight_one_by_one(
+    rows: list[Tensor], grads: list[Tensor], offsets: list[Tensor]
+) -> Tensor:
+    """Where the host knows the offsets: only rows of experts that are in several pieces are
+    copied."""
     experts, (inner, outer) = offsets[0].numel(), (rows[0].shape[1], grads[0].shape[1])
     out = rows[0].new_empty((experts, inner, outer))
     bounds = [[0, *piece.tolist()] for piece in offsets]
@@ -173,12 +176,11 @@ def _grad_weight_of_joined(
         torch.cat([piece.diff(prepend=piece.new_zeros(1)), len(left) - piece[-1:]])
         for left, piece in zip(rows, offsets, strict=True)
     ]
-    by_piece = torch.stack(counts).long()
-    sorted_rows, sorted_grads = (
-        _regroup(torch.cat(pieces), by_piece)[0] for pieces in (rows, grads)
-    )
+    all_rows, all_grads = torch.cat(rows), torch.cat(grads)
+    position = torch.arange(len(all_rows), device=all_rows.device)
+    order, _ = _regroup(position, torch.stack(counts).long())
     total = torch.stack(offsets).sum(0, dtype=offsets[0].dtype)
-    return _grouped_mm_grad_weight(sorted_rows, sorted_grads, total)
+    return _grouped_mm_grad_weight(all_rows[order], all_grads[order], total)
 
 
 def _grouped_mm_grad_weight_sum_fake(
