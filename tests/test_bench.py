@@ -54,9 +54,21 @@ def test_figures_of_a_point() -> None:
     assert found.hidden("off") == 0.0
     assert found.ours == "auto"
     assert found.speedup("hf_eager") == pytest.approx(1.5 / 0.714)
-    assert found.from_best == pytest.approx(0.02)
     few = point(**{name: value for name, value in MEASURED.items() if name != "chunks1"})
     assert few.from_best is None  # of those that were asked for it may be none
+
+
+def test_auto_is_compared_with_what_it_did_not_decide_for_round_by_round() -> None:
+    fixed = {name: [1.0, 2.0, 4.0] for name in ("chunks1", "chunks2", "off")}
+    found = point(**fixed, chunks4=[0.8, 1.0, 4.4], chunks8=[0.7, 1.8, 2.4], auto=[0.9, 1.8, 8.0])
+    found.chosen["auto"] = "chunks8"
+    # its rounds are 0.8, 1.8, 5.2: 1.0, 1.8 and 1.18 times those of four chunks
+    assert found.from_best == pytest.approx(5.2 / 4.4 - 1)
+    found.chosen["auto"] = "chunks16"  # not among the fixed: by itself, and 8 are another choice
+    assert found.from_best == pytest.approx(1.8 - 1)
+    text = io.StringIO()
+    results.show(found, Console(file=text, width=250))
+    assert "ours, auto: chunks16 (+80.0% from the best other)" in text.getvalue()
 
 
 def test_without_auto_ours_is_the_best_chunk_count() -> None:

@@ -1,8 +1,8 @@
 """``moe-fx bench``: how much of the exchange is hidden, on a two-host network of limited rate.
 
-Every variant of a point runs in turn, round by round, so that what disturbs the machine disturbs
-all alike. A step is timed on each rank from a barrier to its end; the slower rank counts. Figures
-are medians over rounds.
+Every variant of a point runs in turn, round by round and every other round backwards, so that what
+disturbs the machine disturbs all alike. A step is timed on each rank from a barrier to its end; the
+slower rank counts. Figures are medians over rounds.
 
 Compute only is our program without overlap, whose exchanges send nothing: each copies what the same
 exchange delivered before. Exchange only carries the same rows and does nothing else, in one to
@@ -225,6 +225,7 @@ class _Bench:
             point.failed.update(template.failed)
             point.errors.update(template.errors)
             point.predicted.update(template.predicted)
+            point.chosen.update(template.chosen)
             point.compile_seconds.update(template.compile_seconds)
             self.network.set_rate(point.rate)
             self.time(point)
@@ -244,6 +245,8 @@ class _Bench:
                 point.errors[name] = max(one.error for one in found)
                 point.compile_seconds[name] = max(one.seconds for one in found)
                 point.predicted.update(found[0].predicted)
+                if found[0].chosen:
+                    point.chosen[name] = found[0].chosen
                 if not point.errors[name] <= AGREEMENT:
                     point.failed[name] = (
                         f"differs from the original block by {point.errors[name]:.0e}, relative"
@@ -257,8 +260,8 @@ class _Bench:
             if name not in point.failed:
                 steps[name] = partial(self.step, name)
         self.say(f"timing {point.title}", self.selection.rounds * len(steps))
-        for _ in range(self.selection.rounds):
-            for name, step in steps.items():
+        for number in range(self.selection.rounds):
+            for name, step in list(steps.items())[:: -1 if number % 2 else 1]:
                 if name not in point.failed:
                     with self.attempt(point, name):
                         point.samples.setdefault(name, []).append(step())

@@ -146,12 +146,13 @@ def route(rank: int, routing: str) -> list[float]:
 class Prepared:
     """error: largest difference from the original block, relative. seconds: of the first call.
     refused: why the variant cannot run here, or "". predicted: what its plan expects of it and of
-    the others that were weighed up."""
+    the others that were weighed up. chosen: `variants.chosen`."""
 
     error: float = 0.0
     seconds: float = 0.0
     refused: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
+    chosen: str = ""
 
 
 def prepare(rank: int, name: str) -> Prepared:
@@ -177,7 +178,8 @@ def prepare(rank: int, name: str) -> Prepared:
     with _exchanges_of(subject, name):
         found = subject.outcome(program.module, program.call)
     error = max(map(_relative_error, found, subject.expected))
-    return Prepared(error, seconds, predicted=variants.predictions(name, program))
+    predicted, chosen = variants.predictions(name, program), variants.chosen(name, program)
+    return Prepared(error, seconds, predicted=predicted, chosen=chosen)
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

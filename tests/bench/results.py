@@ -41,7 +41,7 @@ class Point:
     ``exchange1`` … by pieces in flight, one a round: the slower rank's. failed: why a variant was
     not timed. errors: difference from the original block, relative. shares: each expert's, of rank
     0's pairs. compile_seconds: of the first call, of each variant. predicted: by the cost model, of
-    variants.
+    variants. chosen: what each automatic variant decided for, as the name of the fixed one.
     """
 
     layer: str
@@ -55,6 +55,7 @@ class Point:
     errors: dict[str, float] = field(default_factory=dict)
     compile_seconds: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
 
     def seconds(self, name: str) -> float | None:
@@ -108,7 +109,10 @@ class Point:
 
     @property
     def from_best(self) -> float | None:
-        """auto over the best of all fixed chunk counts and no overlap, less 1."""
+        """What auto decided for over the best of the other chunk counts and no overlap, less 1.
+
+        Compared round by round, as the machine's speed drifts; the fixed program of the same plan
+        counts as auto does (the mean of both)."""
         return self._from_best(AUTO, FIXED)
 
     @property
@@ -116,12 +120,23 @@ class Point:
         """The same where all ranks have the same number of tokens, over all strategies."""
         return self._from_best(AUTO_EVEN, (*FIXED, *FIXED_EVEN))
 
-    def _from_best(self, chosen: str, names: Sequence[str]) -> float | None:
+    def _from_best(self, auto: str, names: Sequence[str]) -> float | None:
         if any(name not in self.samples and name not in self.failed for name in names):
             return None  # not all were asked for
-        fixed = [s for n in (UNOVERLAPPED, *names) if (s := self.seconds(n)) is not None]
-        quotient = _quotient(self.seconds(chosen), min(fixed, default=None))
-        return None if quotient is None else quotient - 1
+        same = [auto, self.chosen.get(auto, auto)]
+        own = [self.samples[name] for name in same if self.samples.get(name)]
+        others = [
+            self.samples[name]
+            for name in (UNOVERLAPPED, *names)
+            if name not in same and self.samples.get(name)
+        ]
+        if not self.samples.get(auto) or not others:
+            return None
+        rounds = [statistics.mean(times) for times in zip(*own, strict=True)]
+        return max(
+            statistics.median(mine / its for mine, its in zip(rounds, other, strict=True)) - 1
+            for other in others
+        )
 
     @property
     def title(self) -> str:
@@ -197,10 +212,17 @@ def _caption(point: Point) -> str:
         f"link {point.rate:g} Mbit/s, expert width {point.width}",
         f"exchange / compute measured {measured:.2f}" if measured else "",
         f"busiest expert {max(point.shares):.0%} of pairs" if point.shares else "",
-        f"auto {point.from_best:+.1%} from the best" if point.from_best is not None else "",
-        f"with even tokens {point.from_best_even:+.1%}" if point.from_best_even is not None else "",
+        *(
+            f"{TITLES[name]}: {TITLES.get(chosen, chosen).removeprefix('ours, ')}{_from(distance)}"
+            for name, distance in ((AUTO, point.from_best), (AUTO_EVEN, point.from_best_even))
+            if (chosen := point.chosen.get(name))
+        ),
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _from(distance: float | None) -> str:
+    return "" if distance is None else f" ({distance:+.1%} from the best other)"
 
 
 def summarise(points: Sequence[Point], console: Console) -> None:

@@ -101,9 +101,20 @@ def predictions(name: str, program: Program) -> dict[str, float]:
             if plan.predicted is not None:
                 found[name] = plan.predicted.seconds
                 for way in plan.predicted.weighed:
-                    prefix = "chunks" if way.strategy == "alltoall" else way.strategy
-                    found[f"{prefix}{way.chunks}"] = way.seconds
+                    found[f"{_prefix(way.strategy)}{way.chunks}"] = way.seconds
     return found
+
+
+def chosen(name: str, program: Program) -> str:
+    """What an automatic program decided for, as the name of the fixed one; "" of others."""
+    if name not in (AUTO, AUTO_EVEN):
+        return ""
+    (plan,) = [plan for report in program.reports or () for plan in report.plans]
+    return f"{_prefix(plan.strategy)}{plan.chunks}"
+
+
+def _prefix(strategy: str) -> str:
+    return "chunks" if strategy == "alltoall" else strategy
 
 
 def _ours(module: nn.Module, name: str, base: str) -> Program:
