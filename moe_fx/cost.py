@@ -205,8 +205,9 @@ def _alltoall(layer: Layer, compute: Compute, choice: Choice, backward: bool) ->
         work.append(seconds + compute.piece_seconds())
     returned = layer.rows * layer.combine_bytes
     joined = compute.copy_seconds(returned) if choice.chunks > 1 else 0.0
+    cut = compute.cut_seconds() if choice.row_slices > 1 and not backward else 0.0
     return Pipeline(
-        before=compute.copy_seconds(layer.rows * layer.dispatch_bytes),
+        before=cut + compute.copy_seconds(layer.rows * layer.dispatch_bytes),
         dispatch=[travelling * layer.dispatch_bytes * share for share in choice.shares],
         work=work,
         combine=[travelling * layer.combine_bytes * share for share in choice.shares],
@@ -313,7 +314,10 @@ def _products(
     rows: float,
     groups: float,
 ) -> float:
-    """Of ``rows`` of each group, and a pass over what all but the last produce."""
-    outputs = sum(n for _, n in matmuls[:-1])
+    """Of ``rows`` of each group, a pass over what all but the last produce, and new buffers of what
+    each reads (the first finds it there) and produces."""
+    row_bytes = rows * groups * layer.dtype.itemsize
     gemms = sum(compute.gemm_seconds(rows, d, n, groups) for d, n in matmuls)
-    return gemms + compute.copy_seconds(rows * groups * outputs * layer.dtype.itemsize)
+    widths = [n for _, n in matmuls] + [d for d, _ in matmuls[1:]]
+    fresh = sum(compute.fresh_seconds(row_bytes * width) for width in widths)
+    return gemms + fresh + compute.copy_seconds(row_bytes * sum(n for _, n in matmuls[:-1]))

@@ -41,6 +41,9 @@ _MOST_GROUPS = 32
 _MOST_GEMM_BYTES = 512 << 20
 """Elsewhere, where one kernel runs all groups: bytes above which more groups are taken to cost in
 proportion."""
+_KEPT_BYTES = 32 << 20
+"""Buffers above this are not kept for the next: glibc gets each from the system anew (the largest
+M_MMAP_THRESHOLD that it adapts to), which hands it out page by page."""
 _COPY_BYTES = {"cpu": 16 << 20}
 _COPY_BYTES_ELSEWHERE = 256 << 20
 
@@ -56,8 +59,16 @@ class Compute(Protocol):
         """Read and write so many bytes of rows, in another order."""
         ...
 
+    def fresh_seconds(self, num_bytes: float) -> float:
+        """What a new buffer of so many bytes costs, beyond what is done with it."""
+        ...
+
     def piece_seconds(self) -> float:
         """What a piece of an exchange costs however small: launches, counts, split lists."""
+        ...
+
+    def cut_seconds(self) -> float:
+        """What it costs before the first exchange that rows are cut into pieces, however few."""
         ...
 
 
@@ -101,13 +112,22 @@ class _Measured:
         held = min(_MOST_GROUPS, max(1, most // group_bytes))
         held = held if on_cpu else min(math.ceil(groups), held)
         seconds = _gemm_seconds(self.device, self.dtype, rows, d, width, held)
+        seconds -= min(seconds / 2, self.fresh_seconds(held * rows * width * self.dtype.itemsize))
         return seconds * (groups / held) * (n / width)
 
     def copy_seconds(self, num_bytes: float) -> float:
         return num_bytes * _copy_seconds_per_byte(self.device)
 
+    def fresh_seconds(self, num_bytes: float) -> float:
+        if self.device.type != "cpu" or num_bytes <= _KEPT_BYTES:
+            return 0.0
+        return num_bytes * _fresh_seconds_per_byte(self.device)
+
     def piece_seconds(self) -> float:
         return _piece_seconds(self.device, self.dtype)
+
+    def cut_seconds(self) -> float:
+        return _cut_seconds(self.device)
 
 
 def _cached(measurement: Callable[..., float]) -> Callable[..., float]:
@@ -146,19 +166,46 @@ def _copy_seconds_per_byte(device: torch.device) -> float:
 
 
 @_cached
+def _fresh_seconds_per_byte(device: torch.device) -> float:
+    kept = torch.zeros(2 * _KEPT_BYTES, dtype=torch.uint8, device=device)
+    reused = _timed(device, lambda: kept.fill_(1))
+    return max(0.0, _timed(device, lambda: torch.empty_like(kept).fill_(1)) - reused) / len(kept)
+
+
+@_cached
 def _piece_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """Regrouping and back, and one grouped GEMM, of a single row."""
     row = torch.ones((1, 16), dtype=dtype, device=device)
     weight = torch.ones((1, 16, 16), dtype=dtype, device=device)
-    counts = torch.ones((1, 1), dtype=torch.int64, device=device)
+    received = torch.ones((1, 1), dtype=torch.int64)
+    counts = torch.ones((1,), dtype=torch.int64, device=device)
     ops = torch.ops.moe_fx
 
     def piece() -> None:
-        grouped, row_map = ops.regroup(row, counts)
-        result = ops.grouped_mm(grouped, weight, counts.sum(0).cumsum(0, dtype=torch.int32))
+        grouped, row_map = ops.regroup(row, received)
+        result = ops.grouped_mm(grouped, weight, counts.cumsum(0, dtype=torch.int32))
         ops.unpermute(result, row_map, None, [1, 16])
 
     return _timed(device, piece)
+
+
+@_cached
+def _cut_seconds(device: torch.device) -> float:
+    """Of 16 rows, over one piece's sizes and rows."""
+    ids = torch.arange(16, device=device).view(8, 2)
+    tokens = torch.ones((8, 16), device=device)
+    counts = torch.ones((2, 16), dtype=torch.int64, device=device)
+    ops = torch.ops.moe_fx
+
+    def cut() -> None:
+        sizes, _, _ = ops.cut_rows(counts, 0, 4, 1)
+        ops.permute_cut(tokens, ids, sizes)
+
+    def whole() -> None:
+        ops.split_sizes(counts[0], counts[:, :8])
+        ops.permute(tokens, ids)
+
+    return max(0.0, _timed(device, cut) - _timed(device, whole))
 
 
 def _timed(device: torch.device, call: Callable[[], Any]) -> float:

@@ -19,7 +19,7 @@ Where a chunk has one expert a rank, its rows arrive sorted: nothing is regroupe
 Chunks of as many rows (``plan.row_slices``) are cut when all ranks' counts are known::
 
     counts = exchange_counts(a copy of expert_counts(ids) for each rank)
-    sizes, recv = cut_rows(counts);  rows, row_map = permute_cut(tokens, ids, sizes)
+    sizes, recv, _ = cut_rows(counts);  rows, row_map = permute_cut(tokens, ids, sizes)
     for each piece: as above
 """
 
@@ -86,22 +86,32 @@ def _cut_by_rows(emitter: Emitter) -> Node:
     copies = call(aten.repeat.default, counts, [plan.world_size])
     counts = call(ops.exchange_counts.default, copies, plan.group_name)
     cut = call(ops.cut_rows.default, counts, plan.rank, plan.row_slices, plan.least_rows)
-    sizes, recv_counts = emitter.item(cut, 0), emitter.item(cut, 1)
+    sizes, recv_counts, of_experts = (emitter.item(cut, at) for at in range(3))
     num_pieces = len(shares(plan.row_slices))
     pieces, row_map = _permuted_pieces(emitter, ops.permute_cut.default, ids, sizes, num_pieces)
-    received = [call(aten.select.int, recv_counts, 0, at) for at in range(num_pieces)]
-    return _there_and_back(emitter, pieces, sizes, received, row_map)
+    received, counts = (
+        [call(aten.select.int, of, 0, at) for at in range(num_pieces)]
+        for of in (recv_counts, of_experts)
+    )
+    return _there_and_back(emitter, pieces, sizes, received, row_map, counts)
 
 
 def _there_and_back(
-    emitter: Emitter, pieces: list[Node], sizes: Node, received: list[Node], row_map: Node
+    emitter: Emitter,
+    pieces: list[Node],
+    sizes: Node,
+    received: list[Node],
+    row_map: Node,
+    counts: list[Node] | None = None,
 ) -> Node:
-    """received ``[W, L / N]``: of each piece, rows from each rank for each local expert."""
+    """received ``[W, L / N]``: of each piece, rows from each rank for each local expert. counts
+    ``[L / N]``: of all ranks together, if they are there."""
     trips = []
-    for at, (rows, counts) in enumerate(zip(pieces, received, strict=True)):
+    for at, (rows, its_received) in enumerate(zip(pieces, received, strict=True)):
         both = emitter.call(aten.select.int, sizes, 0, at)
         expert_slice = at * emitter.plan.expert_slices // len(pieces)
-        trips.append(_Trip(emitter, rows, both, counts, expert_slice))
+        its_counts = None if counts is None else counts[at]
+        trips.append(_Trip(emitter, rows, both, its_received, its_counts, expert_slice))
     done = [trip.there() for trip in trips]
     return combine(emitter, [trip.back() for trip in done], row_map)
 
@@ -110,10 +120,17 @@ class _Trip:
     """One piece's way to its experts and back."""
 
     def __init__(
-        self, emitter: Emitter, rows: Node, sizes: Node, received: Node, expert_slice: int
+        self,
+        emitter: Emitter,
+        rows: Node,
+        sizes: Node,
+        received: Node,
+        counts: Node | None,
+        expert_slice: int,
     ) -> None:
         self.emitter, self.call, self.plan = emitter, emitter.call, emitter.plan
         self.rows, self.received, self.expert_slice = rows, received, expert_slice
+        self.counts = counts
         self.send = self.call(aten.select.int, sizes, 0, 0)
         self.recv = self.call(aten.select.int, sizes, 0, 1)
         self.handle = self.start(rows, self.send, self.recv)
@@ -124,7 +141,9 @@ class _Trip:
     def there(self) -> _Trip:
         plan, group = self.plan, self.plan.group_name
         arrived = self.call(ops.wait.default, self.handle, self.rows, self.send, self.recv, group)
-        counts = self.call(aten.sum.dim_IntList, self.received, [0])
+        counts = self.counts
+        if counts is None:
+            counts = self.call(aten.sum.dim_IntList, self.received, [0])
         if plan.experts_per_slice == 1:
             self.result = self.emitter.experts(arrived, counts, self.expert_slice)
         else:

@@ -18,11 +18,14 @@ from moe_fx.rates import measured
 
 @dataclass(frozen=True)
 class Toy:
-    """Seconds per multiply-add, per byte copied, per piece."""
+    """Seconds per multiply-add, per byte copied, per piece, of cutting by rows, and per byte of a
+    new buffer of more than 64."""
 
     flop: float = 0.0
     byte: float = 0.0
     piece: float = 0.0
+    cut: float = 0.0
+    fresh: float = 0.0
 
     def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
         return self.flop * rows * d * n * groups
@@ -32,6 +35,12 @@ class Toy:
 
     def piece_seconds(self) -> float:
         return self.piece
+
+    def fresh_seconds(self, num_bytes: float) -> float:
+        return self.fresh * num_bytes if num_bytes > 64 else 0.0
+
+    def cut_seconds(self) -> float:
+        return self.cut
 
 
 LAYER = Layer(
@@ -133,6 +142,23 @@ def test_copies() -> None:
     two = predict(LAYER, LINK, Toy(byte=1.0, piece=5.0), Choice(2))
     assert one.compute == 16 + 32 + 256 + 32 + 5
     assert two.compute == 16 + 32 + 256 + 32 + 16 + 2 * 5
+
+
+def test_cutting_by_rows_costs_before_the_first_exchange_of_the_forward() -> None:
+    layer = replace(LAYER, training=True, sums_gradients=True)
+    whole, by_rows, by_tokens = (
+        predict(layer, LINK, Toy(cut=7.0), choice)
+        for choice in (Choice(), Choice(row_slices=2), Choice(1, 2))
+    )
+    assert (whole.compute, by_rows.compute, by_tokens.compute) == (0, 7, 0)
+
+
+def test_small_pieces_have_buffers_that_are_kept() -> None:
+    # of 16 rows the products' 4 and 2 columns, the second's 2 inputs: 256, 128 and 128 bytes
+    one, two, four = (
+        predict(LAYER, LINK, Toy(fresh=1.0), choice) for choice in (Choice(), Choice(2), Choice(4))
+    )
+    assert (one.compute, two.compute, four.compute) == (512, 256, 0)
 
 
 def test_gradients_of_weights_are_stored_and_by_token_slices_added() -> None:
@@ -294,6 +320,9 @@ def test_measured_rates() -> None:
     assert ends[0] <= between <= ends[1]
     assert compute.copy_seconds(2e6) == 2 * compute.copy_seconds(1e6) > 0
     assert 0 < compute.piece_seconds() < 1
+    assert 0 <= compute.cut_seconds() < 1
+    assert compute.fresh_seconds(1 << 20) == 0
+    assert compute.fresh_seconds(128 << 20) == 2 * compute.fresh_seconds(64 << 20)
 
 
 def test_rates_are_measured_on_real_tensors_while_a_compiler_traces() -> None:

@@ -70,7 +70,7 @@ def _permute_cut(tokens: Tensor, ids: Tensor, sizes: Tensor) -> tuple[list[Tenso
     cut as ``sizes`` (of `moe_fx.ops.cuts`) say."""
     sizes = sizes.clamp(min=0)
     by_rank = torch.argsort(ids.reshape(-1), stable=True)
-    order, _ = torch.ops.moe_fx.regroup(by_rank, sizes[:, 0].t().to(by_rank.device))
+    order, _ = torch.ops.moe_fx.regroup(by_rank, sizes[:, 0].t())
     top_k = ids.shape[1] if ids.dim() == 2 else 1
     return _pieces(tokens, order, top_k, sizes)
 

@@ -32,10 +32,11 @@ def shares(chunks: int) -> list[int]:
     return [1, 1, *[2] * (chunks - 2), 1, 1]
 
 
-def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:
-    """``counts [W, E]`` of all ranks to ``sizes [C, 2, W]`` on the host, rows of each piece sent to
-    and received from each rank, and ``received [C, W, L]``, of each piece, source and local expert.
-    The one op that waits for the device.
+def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``counts [W, E]`` of all ranks to what the host needs: ``sizes [C, 2, W]``, rows of each
+    piece sent to and received from each rank, and ``received [C, W, L]``, of each piece, source and
+    local expert; and what the device needs: ``of_experts [C, L]``, rows of each piece and local
+    expert. The one op that waits for the device.
 
     least: no expert is cut into less than so many rows. The rank that receives most gets chunks of
     twice as many, or there are fewer.
@@ -55,7 +56,8 @@ def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tenso
     begins, ends = (cuts[:, rank, part].t().unsqueeze(2) for part in (slice(-1), slice(1, None)))
     own = upto[:, rank]
     overlap = torch.minimum(ends, own) - torch.maximum(begins, own - by_owner[:, rank])
-    return sizes, overlap.clamp_(min=0).contiguous().to(counts.device)
+    received = overlap.clamp_(min=0).contiguous()
+    return sizes, received, received.sum(1).to(counts.device)
 
 
 def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: int) -> Tensor:
@@ -78,14 +80,21 @@ def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: in
     return torch.cat([torch.zeros_like(upto[..., :1]), inner, upto[..., -1:]], 2)
 
 
-def _cut_rows_fake(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tensor, Tensor]:
+def _cut_rows_fake(
+    counts: Tensor, rank: int, chunks: int, least: int
+) -> tuple[Tensor, Tensor, Tensor]:
     world, pieces = counts.shape[0], len(shares(chunks))
-    sizes = torch.empty((pieces, 2, world), dtype=torch.int64, device="cpu")
-    return sizes, counts.new_empty((pieces, world, counts.shape[1] // world))
+    local = counts.shape[1] // world
+    sizes, received = (
+        torch.empty((pieces, *each), dtype=torch.int64, device="cpu")
+        for each in ((2, world), (world, local))
+    )
+    return sizes, received, counts.new_empty((pieces, local))
 
 
 define(
-    "cut_rows(Tensor counts, int rank, int chunks, int least) -> (Tensor sizes, Tensor received)",
+    "cut_rows(Tensor counts, int rank, int chunks, int least) -> "
+    "(Tensor sizes, Tensor received, Tensor of_experts)",
     _cut_rows,
     _cut_rows_fake,
 )

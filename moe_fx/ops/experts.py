@@ -20,17 +20,27 @@ def _regroup(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
     """Rows arrive by source rank and, within one, by local expert; leave by local expert.
 
     The permutation follows from the counts alone: segment (w, l) of length ``recv_counts[w, l]``
-    moves as a block, so nothing is sorted.
+    moves as a block, so nothing is sorted. Of counts on the host it is computed there: a device
+    would take a launch for each of a dozen small steps.
     """
+    order, row_map = _moved_blocks(recv_counts, rows.shape[0])
+    if order.device != rows.device:
+        pinned = torch.empty((2, len(order)), dtype=torch.int32, pin_memory=True)
+        pinned[0], pinned[1] = row_map, order
+        row_map, order = pinned.to(rows.device, non_blocking=True)
+    return rows.index_select(0, order), row_map
+
+
+def _moved_blocks(recv_counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(the row that each place gets, the place that each row gets)."""
     lengths = recv_counts.t().reshape(-1)
     starts = _exclusive_cumsum(recv_counts.reshape(-1)).view_as(recv_counts).t().reshape(-1)
     shift = starts - _exclusive_cumsum(lengths)
-    num_rows = rows.shape[0]
-    position = torch.arange(num_rows, device=rows.device)
+    position = torch.arange(num_rows, device=recv_counts.device)
     order = position + torch.repeat_interleave(shift, lengths, output_size=num_rows)
     row_map = torch.empty_like(order, dtype=torch.int32)
     row_map[order] = position.to(torch.int32)
-    return rows.index_select(0, order), row_map
+    return order, row_map
 
 
 def _exclusive_cumsum(counts: Tensor) -> Tensor:

@@ -1,29 +1,40 @@
-"""``python -m tests.bench.cuda``: a Qwen3-30B-A3B MoE layer on two NVIDIA GPUs, side by side.
+"""``python -m tests.bench.cuda``: an MoE layer on two NVIDIA GPUs, side by side.
 
 bf16, forward, replicated weights; medians of interleaved rounds, by CUDA events, of the slower
 rank. compute: the same experts' work with nothing exchanged (each rank all experts, own tokens).
-captured: replays of a CUDA graph of a plan without a host sync.
+exchange: as many rows as a rank's tokens have, half of them to the other rank and back, and nothing
+else, in so many pieces at once. captured: replays of a CUDA graph of a plan without a host sync.
+
+``--transport`` is how NCCL carries rows between the two: ``shm`` (through the host's memory, as
+where GPUs cannot reach each other) and ``socket`` (TCP) stand for links slower than NVLink.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_fx
 from moe_fx.testing import run_ranks
 
 ROUNDS, WARM_UP = 30, 5
+PIECES = (1, 4, 8)
 VARIANTS: dict[str, dict[str, Any]] = {
     "compute": {},
-    **{f"alltoall, {n}": {"strategy": "alltoall", "overlap": n} for n in ("off", 2, 4)},
+    **{f"alltoall, {n}": {"strategy": "alltoall", "overlap": n} for n in ("off", 2, 4, 8)},
     **{f"allgather, {n}": {"strategy": "allgather", "overlap": n} for n in (1, 2)},
     "padded, 1": {
         "strategy": "padded_alltoall",
@@ -36,33 +47,70 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CAPTURED = ("compute", "allgather, 1", "allgather, 2", "padded, 1")
 
 
-def block(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        experts_implementation="grouped_mm",
-    )
+class Transport(str, Enum):
+    NVLINK = "nvlink"
+    SHM = "shm"
+    SOCKET = "socket"
+
+
+TRANSPORTS: dict[Transport, dict[str, str]] = {
+    Transport.NVLINK: {},
+    Transport.SHM: {"NCCL_P2P_DISABLE": "1"},
+    Transport.SOCKET: {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket"},
+}
+
+
+class Layer(str, Enum):
+    """Qwen3-30B-A3B's (2048 x 768, 128 experts, k 8), Mixtral-8x7B's (4096 x 14336, 8, k 2)."""
+
+    QWEN3 = "qwen3"
+    MIXTRAL = "mixtral"
+
+
+def block(layer: Layer) -> tuple[nn.Module, int, int]:
+    """(the layer with random weights, its hidden size, experts a token)."""
+    torch.manual_seed(0)
     with torch.device("cuda"):
-        module = Qwen3MoeSparseMoeBlock(config).to(torch.bfloat16).eval()
+        module: nn.Module
+        if layer is Layer.QWEN3:
+            hidden, top_k = 2048, 8
+            qwen3 = Qwen3MoeConfig(
+                hidden_size=hidden,
+                moe_intermediate_size=768,
+                num_experts=128,
+                num_experts_per_tok=top_k,
+                norm_topk_prob=True,
+                experts_implementation="grouped_mm",
+            )
+            module = Qwen3MoeSparseMoeBlock(qwen3)
+        else:
+            hidden, top_k = 4096, 2
+            mixtral = MixtralConfig(
+                hidden_size=hidden,
+                intermediate_size=14336,
+                num_local_experts=8,
+                num_experts_per_tok=top_k,
+                experts_implementation="grouped_mm",
+            )
+            module = MixtralSparseMoeBlock(mixtral)
+        module = module.to(torch.bfloat16).eval()
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return module
+    return module.requires_grad_(False), hidden, top_k
 
 
-def measure(rank: int, num_tokens: int) -> dict[str, Any]:
+def measure(rank: int, layer: Layer, num_tokens: int, programs: list[str]) -> dict[str, Any]:
     torch.cuda.set_device(rank)
-    module = block().requires_grad_(False)
-    values = torch.randn(1, num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    module, hidden, top_k = block(layer)
+    values = torch.randn(1, num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.config.recompile_limit = 2 * len(VARIANTS)
-    calls: dict[str, Any] = {}
+    calls: dict[str, Callable[[], object]] = {}
     results: dict[str, Any] = {}
     with torch.no_grad():
         expected = _first(module(values)).float()
-        for name, given in VARIANTS.items():
+        for name in programs:
+            say(rank, f"compiling {name}")
+            given = VARIANTS[name]
             reports: list[moe_fx.Report] = []
             options = {"strict": True, "on_report": reports.append, **given}
             if name != "compute":
@@ -70,20 +118,24 @@ def measure(rank: int, num_tokens: int) -> dict[str, Any]:
             run = torch.compile(module, backend="moe_fx", options=options)
             found = _first(run(values)).float()
             error = float((found - expected).norm() / expected.norm())
-            calls[name] = run
             results[name] = {"error": error, "plan": reports[0].plans[0].summary}
+            calls[name] = lambda run=run: run(values)
             for _ in range(WARM_UP):
                 run(values)
             if name in CAPTURED:
-                calls[f"{name}, captured"] = _captured(run, values).replay
+                calls[f"{name}, captured"] = _captured(calls[name]).replay
+        rows = torch.randn(num_tokens * top_k, hidden, device="cuda", dtype=torch.bfloat16)
+        for pieces in PIECES:
+            calls[f"exchange, {pieces}"] = _exchange(rows, pieces)
+        say(rank, "timing")
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
-            for name, run in calls.items():
+            for name, call in calls.items():
                 torch.cuda.synchronize()
                 dist.barrier()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                run(*([] if name.endswith("captured") else [values]))
+                call()
                 end.record()
                 end.synchronize()
                 times[name].append(start.elapsed_time(end))
@@ -92,29 +144,78 @@ def measure(rank: int, num_tokens: int) -> dict[str, Any]:
     return results
 
 
-def _captured(run: Any, values: Tensor) -> torch.cuda.CUDAGraph:
+def say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run(values)
+        call()
     return graph
+
+
+def _exchange(rows: Tensor, pieces: int) -> Callable[[], None]:
+    sent = rows.chunk(pieces)
+    arriving = torch.empty_like(rows).chunk(pieces)
+    returned = torch.empty_like(rows).chunk(pieces)
+
+    def run() -> None:
+        dispatched = [
+            dist.all_to_all_single(there, here, async_op=True)
+            for there, here in zip(arriving, sent, strict=True)
+        ]
+        combined = []
+        for work, there, back in zip(dispatched, arriving, returned, strict=True):
+            work.wait()
+            combined.append(dist.all_to_all_single(back, there, async_op=True))
+        for work in combined:
+            work.wait()
+
+    return run
 
 
 def _first(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def main() -> None:
-    for num_tokens in (8192, 1024):
-        ranks = run_ranks(2, measure, num_tokens, timeout=900, backend="cpu:gloo,cuda:nccl")
-        print(f"{num_tokens} tokens a rank, {torch.cuda.get_device_name()}", flush=True)
-        for name in sorted(ranks[0]):
-            ms = max(rank[name]["ms"] for rank in ranks)
+def main(
+    layer: Layer = Layer.QWEN3,
+    transport: Annotated[Transport, typer.Option(help="How NCCL carries rows.")] = Transport.NVLINK,
+    program: Annotated[list[str] | None, typer.Option(help="Repeatable; all if none.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Of each rank; repeatable.")] = None,
+) -> None:
+    for name in program or ():
+        if name not in VARIANTS:
+            raise typer.BadParameter(f"--program {name}: give {'; '.join(VARIANTS)}")
+    wanted = {"compute", "alltoall, off", *(program or VARIANTS)}
+    programs = [name for name in VARIANTS if name in wanted]
+    os.environ.update(TRANSPORTS[transport])
+    for num_tokens in tokens or (8192, 1024):
+        ranks = run_ranks(
+            *(2, measure, layer, num_tokens, programs), timeout=900, backend="cpu:gloo,cuda:nccl"
+        )
+        ms = {name: max(rank[name]["ms"] for rank in ranks) for name in ranks[0]}
+        exchange = min(ms[f"exchange, {pieces}"] for pieces in PIECES)
+        bound, off = max(ms["compute"], exchange), ms["alltoall, off"]
+        print(
+            f"{layer.value}, {transport.value}, {num_tokens} tokens a rank, "
+            f"{torch.cuda.get_device_name()}: exchange / compute {exchange / ms['compute']:.2f}",
+            flush=True,
+        )
+        for name, took in ms.items():
             error = max(rank[name]["error"] for rank in ranks)
-            print(f"  {name:24} {ms:8.3f} ms   error {error:.1e}   {ranks[0][name]['plan']}")
-        print(json.dumps({name: max(r[name]["ms"] for r in ranks) for name in ranks[0]}))
+            hidden = f"hidden {(off - took) / (off - bound):5.0%}" if off > bound else ""
+            print(
+                f"  {name:24} {took:8.3f} ms   / bound {took / bound:5.2f}   "
+                f"{hidden if name.startswith(('alltoall', 'auto')) else '':12}   "
+                f"error {error:.1e}   {ranks[0][name]['plan']}"
+            )
+        print(json.dumps(ms))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

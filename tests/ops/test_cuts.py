@@ -31,8 +31,10 @@ def routings(draw: st.DrawFn) -> tuple[list[Tensor], int, int, int]:
     return ids, experts, draw(st.integers(2, 5)), draw(st.integers(1, 6))
 
 
-def cut(ids: list[Tensor], experts: int, chunks: int, least: int) -> list[tuple[Tensor, Tensor]]:
-    """``sizes, received`` of every rank."""
+def cut(
+    ids: list[Tensor], experts: int, chunks: int, least: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``sizes, received, of_experts`` of every rank."""
     counts = torch.stack([torch.bincount(one.flatten(), minlength=experts) for one in ids])
     return [ops.cut_rows(counts, rank, chunks, least) for rank in range(len(ids))]
 
@@ -46,7 +48,8 @@ def test_what_is_received_is_what_was_sent_expert_by_expert(
     world, local = len(ids), experts // len(ids)
     cuts = cut(ids, experts, chunks, least)
     sent = []
-    for rank, (sizes, received) in enumerate(cuts):
+    for rank, (sizes, received, of_experts) in enumerate(cuts):
+        assert torch.equal(of_experts, received.sum(1))
         pair = torch.arange(ids[rank].numel(), dtype=torch.float64)
         expert = ids[rank].flatten()
         column = torch.stack([pair, expert.double()], 1)
@@ -55,7 +58,7 @@ def test_what_is_received_is_what_was_sent_expert_by_expert(
         assert torch.equal(received.sum(-1), sizes[:, 1].clamp(min=0))
         kept = sizes[:, 0].clamp(min=0).tolist()
         sent.append([piece.split(kept[at]) for at, piece in enumerate(pieces)])
-    for owner, (_, received) in enumerate(cuts):
+    for owner, (_, received, _) in enumerate(cuts):
         for source in range(world):
             rows = [sent[source][at][owner] for at in range(len(received))]
             for piece, counts in zip(rows, received[:, source], strict=True):
@@ -74,9 +77,8 @@ def test_pieces_are_even_but_for_small_parts_of_experts(
 ) -> None:
     ids, experts, chunks, least = routing
     cuts = cut(ids, experts, chunks, least)
-    chunks = max(1, min(chunks, max(int(r.sum()) for _, r in cuts) // (2 * least)))
-    for _, received in cuts:
-        of_expert = received.sum(1)  # piece, expert
+    chunks = max(1, min(chunks, max(int(r.sum()) for _, r, _ in cuts) // (2 * least)))
+    for _, _, of_expert in cuts:
         total = int(of_expert.sum())
         slack = max(least, total // (4 * chunks))
         # a cut through an expert leaves parts of about `slack` rows (each source rounds down),
@@ -92,7 +94,7 @@ def test_pieces_are_even_but_for_small_parts_of_experts(
 
 def test_an_expert_that_most_select_is_spread_and_others_are_whole() -> None:
     counts = torch.tensor([[100, 100, 800, 100, 100]])
-    sizes, received = ops.cut_rows(counts, 0, 4, 64)
+    sizes, received, _ = ops.cut_rows(counts, 0, 4, 64)
     assert received[:, 0].tolist() == [
         [100, 0, 0, 0, 0],
         [0, 100, 100, 0, 0],
@@ -108,7 +110,7 @@ def test_few_rows_are_not_cut_and_nobody_exchanges_the_other_pieces() -> None:
     few, more = torch.tensor([[0, 3, 0, 9], [5, 0, 7, 0]]), torch.tensor([[99] * 4, [99] * 4])
     for counts, used in ((few, 1), (more, 3)):
         for rank in range(2):
-            sizes, received = ops.cut_rows(counts, rank, 8, 64)
+            sizes, received, _ = ops.cut_rows(counts, rank, 8, 64)
             num_pieces = len(shares(used))
             assert (sizes[num_pieces:] == NOBODY).all() and not received[num_pieces:].any()
             assert (sizes[:num_pieces] >= 0).all()
@@ -118,7 +120,7 @@ def test_few_rows_are_not_cut_and_nobody_exchanges_the_other_pieces() -> None:
 def test_experts_that_fit_are_not_torn() -> None:
     counts = torch.tensor([[101, 99, 103, 97], [99, 100, 98, 101]])
     counts = torch.cat([counts, counts], 1)
-    _, received = ops.cut_rows(counts, 0, 4, 100)
+    _, received, _ = ops.cut_rows(counts, 0, 4, 100)
     assert received.count_nonzero(0).tolist() == [[1] * 4] * 2  # each in one piece
 
 
@@ -132,7 +134,7 @@ def test_the_outer_chunks_are_halves(chunks: int) -> None:
 @pytest.mark.parametrize("tokens", [6, 0])
 def test_opcheck(tokens: int) -> None:
     ids = torch.arange(tokens * 2).view(-1, 2) % 4
-    ((sizes, _),) = cut([ids], 4, 2, 1)
+    ((sizes, _, _),) = cut([ids], 4, 2, 1)
     counts = torch.bincount(ids.flatten(), minlength=4).unsqueeze(0)
     opcheck(ops.cut_rows, (counts, 0, 2, 1))
     values = torch.randn(tokens, 3, requires_grad=True)
