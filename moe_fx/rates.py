@@ -44,6 +44,7 @@ proportion."""
 _KEPT_BYTES = 32 << 20
 """Buffers above this are not kept for the next: glibc gets each from the system anew (the largest
 M_MMAP_THRESHOLD that it adapts to), which hands it out page by page."""
+_HELD = 8
 _COPY_BYTES = {"cpu": 16 << 20}
 _COPY_BYTES_ELSEWHERE = 256 << 20
 
@@ -167,9 +168,14 @@ def _copy_seconds_per_byte(device: torch.device) -> float:
 
 @_cached
 def _fresh_seconds_per_byte(device: torch.device) -> float:
-    kept = torch.zeros(2 * _KEPT_BYTES, dtype=torch.uint8, device=device)
+    """The buffers that are held take what room other work has left between small ones: what the
+    next costs does not depend on what ran before."""
+    kept, *held = (
+        torch.empty(2 * _KEPT_BYTES, dtype=torch.uint8, device=device) for _ in range(_HELD)
+    )
     reused = _timed(device, lambda: kept.fill_(1))
-    return max(0.0, _timed(device, lambda: torch.empty_like(kept).fill_(1)) - reused) / len(kept)
+    fresh = _timed(device, lambda: torch.empty_like(held[0]).fill_(1))
+    return max(0.0, fresh - reused) / len(kept)
 
 
 @_cached

@@ -89,11 +89,11 @@ def _cut_by_rows(emitter: Emitter) -> Node:
     sizes, recv_counts, of_experts = (emitter.item(cut, at) for at in range(3))
     num_pieces = len(shares(plan.row_slices))
     pieces, row_map = _permuted_pieces(emitter, ops.permute_cut.default, ids, sizes, num_pieces)
-    received, counts = (
+    received, its_counts = (
         [call(aten.select.int, of, 0, at) for at in range(num_pieces)]
         for of in (recv_counts, of_experts)
     )
-    return _there_and_back(emitter, pieces, sizes, received, row_map, counts)
+    return _there_and_back(emitter, pieces, sizes, received, row_map, its_counts)
 
 
 def _there_and_back(
