@@ -187,8 +187,7 @@ def _grad_weight_of_joined(
         for left, piece in zip(rows, offsets, strict=True)
     ]
     all_rows, all_grads = torch.cat(rows), torch.cat(grads)
-    position = torch.arange(len(all_rows), device=all_rows.device)
-    order, _ = _regroup(position, torch.stack(counts).long())
+    order, _ = _moved_blocks(torch.stack(counts).long(), len(all_rows))
     total = torch.stack(offsets).sum(0, dtype=offsets[0].dtype)
     return _grouped_mm_grad_weight(all_rows[order], all_grads[order], total)
 

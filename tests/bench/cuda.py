@@ -5,8 +5,8 @@ rank. compute: the same experts' work with nothing exchanged (each rank all expe
 exchange: as many rows as a rank's tokens have, half of them to the other rank and back, and nothing
 else, in so many pieces at once. captured: replays of a CUDA graph of a plan without a host sync.
 
-``--transport`` is how NCCL carries rows between the two: ``shm`` (through the host's memory, as
-where GPUs cannot reach each other) and ``socket`` (TCP) stand for links slower than NVLink.
+``--transport`` is how NCCL carries rows between the two; ``shm``: through the host's memory, as
+where GPUs cannot reach each other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from statistics import median
 from typing import Annotated, Any
@@ -23,18 +24,17 @@ import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor, nn
-from transformers import MixtralConfig, Qwen3MoeConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_fx
 from moe_fx.testing import run_ranks
+from tests.bench import layers
+from tests.bench.exchanges import there_and_back
 
 ROUNDS, WARM_UP = 30, 5
 PIECES = (1, 4, 8)
 VARIANTS: dict[str, dict[str, Any]] = {
     "compute": {},
-    **{f"alltoall, {n}": {"strategy": "alltoall", "overlap": n} for n in ("off", 2, 4, 8)},
+    **{f"alltoall, {n}": {"strategy": "alltoall", "overlap": n} for n in ("off", 2, 4)},
     **{f"allgather, {n}": {"strategy": "allgather", "overlap": n} for n in (1, 2)},
     "padded, 1": {
         "strategy": "padded_alltoall",
@@ -50,59 +50,36 @@ CAPTURED = ("compute", "allgather, 1", "allgather, 2", "padded, 1")
 class Transport(str, Enum):
     NVLINK = "nvlink"
     SHM = "shm"
-    SOCKET = "socket"
 
 
-TRANSPORTS: dict[Transport, dict[str, str]] = {
-    Transport.NVLINK: {},
-    Transport.SHM: {"NCCL_P2P_DISABLE": "1"},
-    Transport.SOCKET: {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket"},
-}
-
-
-class Layer(str, Enum):
-    """Qwen3-30B-A3B's (2048 x 768, 128 experts, k 8), Mixtral-8x7B's (4096 x 14336, 8, k 2)."""
+class Model(str, Enum):
+    """Whose layer: Qwen3-30B-A3B's or Mixtral-8x7B's."""
 
     QWEN3 = "qwen3"
     MIXTRAL = "mixtral"
 
 
-def block(layer: Layer) -> tuple[nn.Module, int, int]:
-    """(the layer with random weights, its hidden size, experts a token)."""
+LAYERS = {
+    Model.QWEN3: (replace(layers.LAYERS["qwen3"], hidden=2048, num_experts=128, top_k=8), 768),
+    Model.MIXTRAL: (replace(layers.LAYERS["mixtral"], hidden=4096, num_experts=8, top_k=2), 14336),
+}
+"""And the width of an expert."""
+
+
+def block(layer: layers.Layer, width: int) -> nn.Module:
     torch.manual_seed(0)
     with torch.device("cuda"):
-        module: nn.Module
-        if layer is Layer.QWEN3:
-            hidden, top_k = 2048, 8
-            qwen3 = Qwen3MoeConfig(
-                hidden_size=hidden,
-                moe_intermediate_size=768,
-                num_experts=128,
-                num_experts_per_tok=top_k,
-                norm_topk_prob=True,
-                experts_implementation="grouped_mm",
-            )
-            module = Qwen3MoeSparseMoeBlock(qwen3)
-        else:
-            hidden, top_k = 4096, 2
-            mixtral = MixtralConfig(
-                hidden_size=hidden,
-                intermediate_size=14336,
-                num_local_experts=8,
-                num_experts_per_tok=top_k,
-                experts_implementation="grouped_mm",
-            )
-            module = MixtralSparseMoeBlock(mixtral)
-        module = module.to(torch.bfloat16).eval()
+        module = layer.make(layer, width).to(torch.bfloat16).eval()
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return module.requires_grad_(False), hidden, top_k
+    return module.requires_grad_(False)
 
 
-def measure(rank: int, layer: Layer, num_tokens: int, programs: list[str]) -> dict[str, Any]:
+def measure(rank: int, model: Model, num_tokens: int, programs: list[str]) -> dict[str, Any]:
     torch.cuda.set_device(rank)
-    module, hidden, top_k = block(layer)
-    values = torch.randn(1, num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    layer, width = LAYERS[model]
+    module = block(layer, width)
+    values = torch.randn(1, num_tokens, layer.hidden, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.config.recompile_limit = 2 * len(VARIANTS)
     calls: dict[str, Callable[[], object]] = {}
     results: dict[str, Any] = {}
@@ -124,7 +101,7 @@ def measure(rank: int, layer: Layer, num_tokens: int, programs: list[str]) -> di
                 run(values)
             if name in CAPTURED:
                 calls[f"{name}, captured"] = _captured(calls[name]).replay
-        rows = torch.randn(num_tokens * top_k, hidden, device="cuda", dtype=torch.bfloat16)
+        rows = values[0].repeat(layer.top_k, 1)
         for pieces in PIECES:
             calls[f"exchange, {pieces}"] = _exchange(rows, pieces)
         say(rank, "timing")
@@ -159,23 +136,10 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _exchange(rows: Tensor, pieces: int) -> Callable[[], None]:
-    sent = rows.chunk(pieces)
-    arriving = torch.empty_like(rows).chunk(pieces)
-    returned = torch.empty_like(rows).chunk(pieces)
-
-    def run() -> None:
-        dispatched = [
-            dist.all_to_all_single(there, here, async_op=True)
-            for there, here in zip(arriving, sent, strict=True)
-        ]
-        combined = []
-        for work, there, back in zip(dispatched, arriving, returned, strict=True):
-            work.wait()
-            combined.append(dist.all_to_all_single(back, there, async_op=True))
-        for work in combined:
-            work.wait()
-
-    return run
+    arriving, returned = torch.empty_like(rows), torch.empty_like(rows)
+    buffers = [each.chunk(pieces) for each in (rows, arriving, returned)]
+    equal = [None] * pieces
+    return lambda: there_and_back(*buffers, equal, equal)
 
 
 def _first(result: Any) -> Tensor:
@@ -183,7 +147,7 @@ def _first(result: Any) -> Tensor:
 
 
 def main(
-    layer: Layer = Layer.QWEN3,
+    layer: Model = Model.QWEN3,
     transport: Annotated[Transport, typer.Option(help="How NCCL carries rows.")] = Transport.NVLINK,
     program: Annotated[list[str] | None, typer.Option(help="Repeatable; all if none.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Of each rank; repeatable.")] = None,
@@ -193,7 +157,8 @@ def main(
             raise typer.BadParameter(f"--program {name}: give {'; '.join(VARIANTS)}")
     wanted = {"compute", "alltoall, off", *(program or VARIANTS)}
     programs = [name for name in VARIANTS if name in wanted]
-    os.environ.update(TRANSPORTS[transport])
+    if transport is Transport.SHM:
+        os.environ["NCCL_P2P_DISABLE"] = "1"
     for num_tokens in tokens or (8192, 1024):
         ranks = run_ranks(
             *(2, measure, layer, num_tokens, programs), timeout=900, backend="cpu:gloo,cuda:nccl"

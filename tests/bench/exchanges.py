@@ -1,14 +1,14 @@
 """What passes through ``torch.distributed.all_to_all_single``, by which the dialect's ops exchange:
-kept and played back without a link, or watched with its times.
+kept and played back without a link, or watched with its times; and an exchange of rows by itself.
 
-All of it works by standing in for that function in this process, so the compiled program is the
+The former works by standing in for that function in this process, so the compiled program is the
 same one, whatever is done to its exchanges.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 Exchange = Callable[..., Any]
+
+
+def there_and_back(
+    sent: Sequence[Tensor],
+    arriving: Sequence[Tensor],
+    returned: Sequence[Tensor],
+    outgoing: Sequence[list[int] | None],
+    incoming: Sequence[list[int] | None],
+) -> None:
+    """Pieces of rows: all are dispatched, and each sent back as it arrives. outgoing, incoming:
+    rows of each piece to and from each rank (None: equal parts)."""
+    dispatched = [
+        dist.all_to_all_single(there, here, theirs, ours, async_op=True)
+        for there, here, theirs, ours in zip(arriving, sent, incoming, outgoing, strict=True)
+    ]
+    combined = []
+    for work, back, there, theirs, ours in zip(
+        dispatched, returned, arriving, incoming, outgoing, strict=True
+    ):
+        work.wait()
+        combined.append(dist.all_to_all_single(back, there, ours, theirs, async_op=True))
+    for work in combined:
+        work.wait()
 
 
 class Recording:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import moe_fx
 from tests.bench import layers, variants
-from tests.bench.exchanges import Recording, Watched, watch
+from tests.bench.exchanges import Recording, Watched, there_and_back, watch
 
 
 @dataclass
@@ -216,20 +216,7 @@ def exchange_seconds(rank: int, pieces: int) -> float:
     dist.barrier()
     start = time.perf_counter()
     for _ in range(2 if subject.backward else 1):
-        dispatched = [
-            dist.all_to_all_single(arriving[i], sent[i], incoming[i], outgoing[i], async_op=True)
-            for i in range(pieces)
-        ]
-        combined = []
-        for i, work in enumerate(dispatched):
-            work.wait()
-            combined.append(
-                dist.all_to_all_single(
-                    returned[i], arriving[i], outgoing[i], incoming[i], async_op=True
-                )
-            )
-        for work in combined:
-            work.wait()
+        there_and_back(sent, arriving, returned, outgoing, incoming)
     return time.perf_counter() - start
 
 
