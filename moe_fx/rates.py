@@ -34,8 +34,6 @@ keeps what a layer would have to read: as many as `_GEMM_FLOPS` take, within the
 run one by one there: any number of groups costs in proportion, and more columns than fit (an output
 head) do."""
 _GEMM_FLOPS = 4e9
-_STEP = 8
-"""GEMMs are measured at powers of so many rows."""
 _MOST_GROUPS = 32
 """Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
@@ -87,19 +85,21 @@ class _Measured:
         self.device, self.dtype = device, dtype
 
     def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
-        """Between few numbers of rows, interpolated: so plans that cut the same rows differently
-        are compared by what a weight costs to read, not by what disturbed two measurements. Fewer
-        rows never take less of the time than their share."""
+        """Between powers of two of rows, interpolated: between 64 and 512 alone, 128 rows of a wide
+        expert were predicted to take 13 % less than they do. Fewer rows never take less than their
+        share of the time: what disturbed one measurement does not make a cut look like a gain."""
         if min(rows, d, n, groups) <= 0:
             return 0.0
         most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
         if rows >= most:
             return self._gemm(most, d, n, groups) * rows / most
-        below = _STEP ** max(0, math.floor(math.log(rows, _STEP)))
-        above = min(_STEP * below, most)
-        longest = self._gemm(above, d, n, groups)
-        shortest = max(self._gemm(below, d, n, groups), longest * below / above)
-        return shortest + (longest - shortest) * (rows - below) / (above - below)
+        below = 2 ** max(0, math.floor(math.log2(rows)))
+        shortest = longest = self._gemm(most, d, n, groups)
+        at = most
+        while at > below:
+            at //= 2
+            longest, shortest = shortest, max(self._gemm(at, d, n, groups), shortest / 2)
+        return shortest + (longest - shortest) * (rows - below) / below
 
     def _gemm(self, rows: int, d: int, n: int, groups: float) -> float:
         on_cpu = self.device.type == "cpu"
