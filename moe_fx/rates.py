@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,7 +22,9 @@ from moe_fx.compat import real_tensors
 
 __all__ = ["Compute", "measured"]
 
-_BUDGET = 0.1
+T = TypeVar("T")
+
+_BUDGET = 0.2
 """Seconds that the repeats of one measurement may take, beyond the first two."""
 _REPEATS = 7
 _MOST_ROWS = {"cpu": 512}
@@ -34,6 +36,8 @@ keeps what a layer would have to read: as many as `_GEMM_FLOPS` take, within the
 run one by one there: any number of groups costs in proportion, and more columns than fit (an output
 head) do."""
 _GEMM_FLOPS = 4e9
+_FEW_ROWS = 64
+"""GEMMs of fewer rows are measured where they are asked for."""
 _MOST_GROUPS = 32
 """Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
@@ -85,23 +89,33 @@ class _Measured:
         self.device, self.dtype = device, dtype
 
     def gemm_seconds(self, rows: float, d: int, n: int, groups: float = 1) -> float:
-        """Between powers of two of rows, interpolated: between 64 and 512 alone, 128 rows of a wide
-        expert were predicted to take 13 % less than they do. Fewer rows never take less than their
-        share of the time: what disturbed one measurement does not make a cut look like a gain."""
+        """Between powers of two of rows, which are measured in turn, interpolated: so plans that
+        cut the same rows differently are compared by what a weight costs to read, not by what
+        disturbed one measurement. Fewer rows never take less than their share of the time."""
         if min(rows, d, n, groups) <= 0:
             return 0.0
         most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
+        below = 2 ** max(0, math.floor(math.log2(min(rows, most))))
+        curve = self._gemms(d, n, groups, min(below, _FEW_ROWS), most)
         if rows >= most:
-            return self._gemm(most, d, n, groups) * rows / most
-        below = 2 ** max(0, math.floor(math.log2(rows)))
-        shortest = longest = self._gemm(most, d, n, groups)
-        at = most
-        while at > below:
-            at //= 2
-            longest, shortest = shortest, max(self._gemm(at, d, n, groups), shortest / 2)
+            return curve[most] * rows / most
+        shortest, longest = curve[below], curve[2 * below]
         return shortest + (longest - shortest) * (rows - below) / below
 
-    def _gemm(self, rows: int, d: int, n: int, groups: float) -> float:
+    def _gemms(self, d: int, n: int, groups: float, least: int, most: int) -> dict[int, float]:
+        """Seconds by rows, powers of two from ``least`` to ``most``."""
+        levels = [least << at for at in range((most // least).bit_length())]
+        shapes = tuple((rows, *self._measured_shape(rows, d, n, groups)) for rows in levels)
+        times = _gemm_seconds(self.device, self.dtype, d, shapes)
+        curve: dict[int, float] = {}
+        for (rows, width, held), seconds in reversed(list(zip(shapes, times, strict=True))):
+            fresh = self.fresh_seconds(held * rows * width * self.dtype.itemsize)
+            own = (seconds - min(seconds / 2, fresh)) * (groups / held) * (n / width)
+            curve[rows] = max(own, curve.get(2 * rows, 0.0) / 2)
+        return curve
+
+    def _measured_shape(self, rows: int, d: int, n: int, groups: float) -> tuple[int, int]:
+        """(columns, groups) that stand for ``n`` and ``groups``."""
         on_cpu = self.device.type == "cpu"
         most = _MOST_GEMM_BYTES
         if on_cpu:
@@ -111,10 +125,7 @@ class _Measured:
         width = max(1, min(n, most // (d * self.dtype.itemsize)))
         group_bytes = (d * width + rows * (d + width)) * self.dtype.itemsize
         held = min(_MOST_GROUPS, max(1, most // group_bytes))
-        held = held if on_cpu else min(math.ceil(groups), held)
-        seconds = _gemm_seconds(self.device, self.dtype, rows, d, width, held)
-        seconds -= min(seconds / 2, self.fresh_seconds(held * rows * width * self.dtype.itemsize))
-        return seconds * (groups / held) * (n / width)
+        return width, held if on_cpu else min(math.ceil(groups), held)
 
     def copy_seconds(self, num_bytes: float) -> float:
         return num_bytes * _copy_seconds_per_byte(self.device)
@@ -131,12 +142,12 @@ class _Measured:
         return _cut_seconds(self.device)
 
 
-def _cached(measurement: Callable[..., float]) -> Callable[..., float]:
+def _cached(measurement: Callable[..., T]) -> Callable[..., T]:
     """Kept per device type and other arguments; real tensors even while a compiler traces."""
-    kept: dict[tuple[Any, ...], float] = {}
+    kept: dict[tuple[Any, ...], T] = {}
 
     @functools.wraps(measurement)
-    def cached(device: torch.device, *args: Any) -> float:
+    def cached(device: torch.device, *args: Any) -> T:
         key = (device.type, *args)
         if key not in kept:
             with real_tensors(), torch.no_grad():
@@ -148,13 +159,22 @@ def _cached(measurement: Callable[..., float]) -> Callable[..., float]:
 
 @_cached
 def _gemm_seconds(
-    device: torch.device, dtype: torch.dtype, rows: int, d: int, n: int, groups: int
-) -> float:
-    """The op that the rewritten graph runs: ``[groups * rows, d], [groups, d, n]``."""
-    tokens = torch.ones((groups * rows, d), dtype=dtype, device=device)
-    weight = torch.ones((groups, d, n), dtype=dtype, device=device)
-    offsets = torch.arange(rows, groups * rows + 1, rows, dtype=torch.int32, device=device)
-    return _timed(device, lambda: torch.ops.moe_fx.grouped_mm(tokens, weight, offsets))
+    device: torch.device, dtype: torch.dtype, d: int, shapes: tuple[tuple[int, int, int], ...]
+) -> list[float]:
+    """Of each (rows, n, groups): the op that the rewritten graph runs, ``[groups * rows, d],
+    [groups, d, n]``. Their ratios to the last are medians of rounds that run all of them."""
+    weights = torch.ones(max(d * n * g for _, n, g in shapes), dtype=dtype, device=device)
+    tokens = torch.ones((max(rows * g for rows, _, g in shapes), d), dtype=dtype, device=device)
+
+    def call(rows: int, n: int, groups: int) -> Callable[[], Any]:
+        offsets = torch.arange(rows, groups * rows + 1, rows, dtype=torch.int32, device=device)
+        weight = weights[: groups * d * n].view(groups, d, n)
+        return lambda: torch.ops.moe_fx.grouped_mm(tokens[: groups * rows], weight, offsets)
+
+    calls = [call(*shape) for shape in shapes]
+    rounds = _repeated(lambda: [_once(device, each) for each in calls], _BUDGET * len(calls))
+    last = median(times[-1] for times in rounds)
+    return [last * median(times[at] / times[-1] for times in rounds) for at in range(len(calls))]
 
 
 @_cached
@@ -216,16 +236,21 @@ def _cut_seconds(device: torch.device) -> float:
 
 def _timed(device: torch.device, call: Callable[[], Any]) -> float:
     """Median seconds of a call once warm."""
+    return median(took for (took,) in _repeated(lambda: [_once(device, call)], _BUDGET))
 
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
-        return time.perf_counter() - start
 
-    once()
-    took = [once()]
-    while len(took) < _REPEATS and sum(took) < _BUDGET:
-        took.append(once())
-    return median(took)
+def _once(device: torch.device, call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter() - start
+
+
+def _repeated(times: Callable[[], list[float]], budget: float) -> list[list[float]]:
+    """Warm; then again while ``budget`` seconds are not spent, `_REPEATS` times at most."""
+    times()
+    took = [times()]
+    while len(took) < _REPEATS and sum(map(sum, took)) < budget:
+        took.append(times())
+    return took
