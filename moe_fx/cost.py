@@ -10,11 +10,12 @@ they were queued. A layer is a pipeline over its pieces::
 Work that depends on neither side (a shared expert) is done while there is nothing else to do, and
 what is then left of it at the end.
 
-Against measurements (docs/overlap.md, the chosen plan): forward 11 to 18 % too long where the link
-is the longer side, since the busiest rank is expected to get 1.1 times the mean; from 27 % too
-short to 22 % too long where compute is, which varies as much on that machine. Forward and backward
-from 32 % too short (compute is the longer side) to 10 % too long, twice too long where other work
-ran while rates were measured. All before `Compute.fresh_seconds` was counted.
+Against measurements (docs/overlap.md, the chosen plan): forward from 4 % too short to 13 % too long
+where the link is the longer side, since the busiest rank is expected to get 1.1 times the mean (one
+of 12 samples 18 % too short); from 26 % too short to 10 % too long where compute is, which varies as
+much on that machine. Forward and backward from 32 % too short (compute is the longer side) to 10 %
+too long, twice too long where other work ran while rates were measured; those before
+`Compute.fresh_seconds` was counted.
 
 Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
 fill the waiting: of each piece once it is done, or where they are summed as one product, of all
