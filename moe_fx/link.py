@@ -36,7 +36,8 @@ _LATENCIES = 10
 _LONG = 0.1
 """Seconds after which an exchange is measured well enough, whatever its size."""
 _REPEATS = 3
-_LATENCY_REPEATS = 9
+_SHORT_REPEATS = 9
+"""Of exchanges that take less than `_LONG`: a few hiccups of the host are as long as they are."""
 _IN_FLIGHT = 4
 
 
@@ -95,7 +96,7 @@ def _measure(group: dist.ProcessGroup, device: torch.device) -> Link:
         return Link(0.0, 0.0, 0.0)
     bench = _Bench(group, device)
     bench.seconds(1, 1, repeats=2)  # opens the connections
-    latency = bench.seconds(1, 1, repeats=_LATENCY_REPEATS)
+    latency = bench.seconds(1, 1, repeats=_SHORT_REPEATS)
     num_bytes = _SMALLEST
     while True:
         seconds = bench.seconds(num_bytes, 1, repeats=1)
@@ -103,8 +104,9 @@ def _measure(group: dist.ProcessGroup, device: torch.device) -> Link:
         if seconds >= _LONG or representative or num_bytes * _GROWTH > _LARGEST:
             break
         num_bytes *= _GROWTH
-    alone = bench.seconds(num_bytes, 1, repeats=_REPEATS) - latency
-    pieces = bench.seconds(num_bytes // _IN_FLIGHT, _IN_FLIGHT, repeats=_REPEATS)
+    repeats = _REPEATS if seconds >= _LONG else _SHORT_REPEATS
+    alone = bench.seconds(num_bytes, 1, repeats) - latency
+    pieces = bench.seconds(num_bytes // _IN_FLIGHT, _IN_FLIGHT, repeats)
     busy = pieces - _IN_FLIGHT * latency
     least = latency / _LATENCIES  # where noise drowned what the bytes cost
     alone = max(alone, least)
