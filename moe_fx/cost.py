@@ -12,9 +12,9 @@ what is then left of it at the end.
 
 Against measurements (docs/overlap.md, the chosen plan): forward from 4 % too short to 13 % too long
 where the link is the longer side, since the busiest rank is expected to get 1.1 times the mean (one
-of 12 samples 18 % too short); from 26 % too short to 10 % too long where compute is, which varies as
-much on that machine. Forward and backward from 32 % too short (compute is the longer side) to 10 %
-too long, twice too long where other work ran while rates were measured; those before
+of 12 samples 18 % too short); from 26 % too short to 10 % too long where compute is, which varies
+as much on that machine. Forward and backward from 32 % too short (compute is the longer side) to
+10 % too long, twice too long where other work ran while rates were measured; those before
 `Compute.fresh_seconds` was counted.
 
 Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
