@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -323,6 +324,26 @@ def test_measured_rates() -> None:
     assert 0 <= compute.cut_seconds() < 1
     assert compute.fresh_seconds(1 << 20) == 0
     assert compute.fresh_seconds(128 << 20) == 2 * compute.fresh_seconds(64 << 20)
+
+
+@pytest.mark.parametrize("disturbed", range(5))
+def test_what_disturbs_one_measurement_does_not_tell_rows_apart(
+    monkeypatch: pytest.MonkeyPatch, disturbed: int
+) -> None:
+    """A device that takes as long for each row, slower from the third round on, and that is held up
+    once."""
+    calls = 0
+
+    def once(device: torch.device, call: Callable[[], torch.Tensor]) -> float:
+        nonlocal calls
+        calls += 1
+        slower = 3.0 if calls > 8 else 1.0
+        return 1e-9 * call().numel() * (slower if calls != 8 + disturbed else 20 * slower)
+
+    monkeypatch.setattr("moe_fx.rates._once", once)
+    compute = measured(torch.device("cpu"), torch.float32)
+    each = [compute.gemm_seconds(rows, 24, 40 + disturbed) / rows for rows in (64, 141, 256, 500)]
+    assert each == pytest.approx(len(each) * [each[0]])
 
 
 def test_rates_are_measured_on_real_tensors_while_a_compiler_traces() -> None:
