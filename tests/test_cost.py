@@ -330,14 +330,14 @@ def test_measured_rates() -> None:
 def test_what_disturbs_one_measurement_does_not_tell_rows_apart(
     monkeypatch: pytest.MonkeyPatch, disturbed: int
 ) -> None:
-    """A device that takes as long for each row, slower from the third round on, and that is held up
+    """A device that takes as long for each row, faster from the third round on, and that is held up
     once."""
     calls = 0
 
     def once(device: torch.device, call: Callable[[], torch.Tensor]) -> float:
         nonlocal calls
         calls += 1
-        slower = 3.0 if calls > 8 else 1.0
+        slower = 3.0 if calls <= 8 else 1.0
         return 1e-9 * call().numel() * (slower if calls != 8 + disturbed else 20 * slower)
 
     monkeypatch.setattr("moe_fx.rates._once", once)
