@@ -127,6 +127,7 @@ def test_every_failing_rank_is_reported(pool: RankPool) -> None:
 
 
 def test_timeout_names_the_ranks_and_where_they_stand(pool: RankPool) -> None:
+    pool.run(process_id)  # they stand in what they are given, not in their imports
     with pytest.raises(RankError, match=r"timed out: of 2 ranks, \[1\] had not") as caught:
         pool.run(stuck_on, 1, timeout=1)
     assert not caught.value.failed
