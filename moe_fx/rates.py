@@ -37,7 +37,7 @@ run one by one there: any number of groups costs in proportion, and more columns
 head) do."""
 _GEMM_FLOPS = 4e9
 _FEW_ROWS = 64
-"""GEMMs of fewer rows are measured where they are asked for."""
+"""GEMMs of fewer rows are measured apart, and only if they are asked for."""
 _MOST_GROUPS = 32
 """Groups run in one measurement: so many small ones take long enough to be timed."""
 _MOST_GEMM_BYTES = 512 << 20
@@ -96,7 +96,8 @@ class _Measured:
             return 0.0
         most = _MOST_ROWS.get(self.device.type, _MOST_ROWS_ELSEWHERE)
         below = 2 ** max(0, math.floor(math.log2(min(rows, most))))
-        curve = self._gemms(d, n, groups, min(below, _FEW_ROWS), most)
+        between = (1, _FEW_ROWS) if rows < _FEW_ROWS else (_FEW_ROWS, most)
+        curve = self._gemms(d, n, groups, *between)
         if rows >= most:
             return curve[most] * rows / most
         shortest, longest = curve[below], curve[2 * below]

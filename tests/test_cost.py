@@ -344,6 +344,10 @@ def test_what_disturbs_one_measurement_does_not_tell_rows_apart(
     compute = measured(torch.device("cpu"), torch.float32)
     each = [compute.gemm_seconds(rows, 24, 40 + disturbed) / rows for rows in (64, 141, 256, 500)]
     assert each == pytest.approx(len(each) * [each[0]])
+    compute.gemm_seconds(40, 24, 40 + disturbed)
+    measured_so_far = calls
+    compute.gemm_seconds(3, 24, 40 + disturbed)
+    assert calls == measured_so_far, "those of few rows are measured together"
 
 
 def test_rates_are_measured_on_real_tensors_while_a_compiler_traces() -> None:
