@@ -1,8 +1,8 @@
 """What an exchange over a group's link costs: measured once, and the same numbers on every rank.
 
-Two rates, since one exchange alone may not fill a link: a large Gloo all-to-all over TCP sends one
-way, then the other, and leaves almost half of a slow link idle; several in flight fill it (two
-hosts at 150 Mbit/s, torch 2.13: 105 and 56 ns a byte).
+Three rates, since one exchange alone may not fill a link: a large Gloo all-to-all over TCP sends one
+way, then the other, and leaves almost half of a slow link idle; the more are in flight, the fuller
+it is (two hosts at 150 Mbit/s, torch 2.13: 105 ns a byte, of two 68, of eight 56).
 
 ::
 
@@ -12,6 +12,7 @@ hosts at 150 Mbit/s, torch 2.13: 105 and 56 ns a byte).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,22 +39,32 @@ _LONG = 0.1
 _REPEATS = 3
 _SHORT_REPEATS = 9
 """Of exchanges that take less than `_LONG`: a few hiccups of the host are as long as they are."""
-_IN_FLIGHT = 4
+_PART = 4
+"""Of an exchange measured alone, the parts as which several are measured."""
+_MANY = 8
+"""In flight: more are taken to be no faster."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """latency: seconds an exchange costs however small. alone, busy: seconds per byte that a rank
-    sends to other ranks, when one exchange is in flight, and when several are. ``busy <= alone``.
+    """latency: seconds an exchange costs however small. alone, two, busy: seconds per byte that a
+    rank sends to other ranks, when one exchange is in flight, two are, and eight or more.
+    ``busy <= two <= alone``. Without ``two``, two are as fast as eight.
     """
 
     latency: float
     alone: float
     busy: float
+    two: float | None = None
 
     def rate(self, in_flight: int) -> float:
-        """Seconds per byte with so many exchanges in flight."""
-        return self.busy if in_flight > 1 else self.alone
+        """Seconds per byte with so many exchanges in flight; between two and eight interpolated,
+        by doublings."""
+        if in_flight <= 1:
+            return self.alone
+        two = self.busy if self.two is None else self.two
+        share = math.log(min(in_flight, _MANY) / 2, _MANY / 2)
+        return two + (self.busy - two) * share
 
 
 _measured: dict[tuple[str, str], Link] = {}
@@ -65,7 +76,7 @@ def calibrate(group: dist.ProcessGroup, device: torch.device) -> Link:
 
     A collective: every rank of the group must make its first call at the same place among the
     group's collectives, with nothing else in flight, or the group hangs. All ranks get bitwise the
-    same numbers. Takes 1.2 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called
+    same numbers. Takes 1.8 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called
     while a compiler traces with fake tensors.
     """
     key = (group.group_name, device.type)
@@ -105,12 +116,15 @@ def _measure(group: dist.ProcessGroup, device: torch.device) -> Link:
             break
         num_bytes *= _GROWTH
     repeats = _REPEATS if seconds >= _LONG else _SHORT_REPEATS
-    alone = bench.seconds(num_bytes, 1, repeats) - latency
-    pieces = bench.seconds(num_bytes // _IN_FLIGHT, _IN_FLIGHT, repeats)
-    busy = pieces - _IN_FLIGHT * latency
-    least = latency / _LATENCIES  # where noise drowned what the bytes cost
-    alone = max(alone, least)
-    return Link(latency, alone / num_bytes, min(max(busy, least), alone) / num_bytes)
+    least = latency / _LATENCIES / num_bytes  # where noise drowned what the bytes cost
+
+    def rate(part: int, in_flight: int) -> float:
+        seconds = bench.seconds(part, in_flight, repeats) - in_flight * latency
+        return max(seconds / (part * in_flight), least)
+
+    alone = rate(num_bytes, 1)
+    two = min(alone, rate(num_bytes // _PART, 2))
+    return Link(latency, alone, min(two, rate(num_bytes // _PART, _MANY)), two)
 
 
 class _Bench:

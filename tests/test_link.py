@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,9 @@ CPU = torch.device("cpu")
 def test_several_exchanges_in_flight_go_at_another_rate() -> None:
     link = Link(latency=1.0, alone=0.5, busy=0.25)
     assert [link.rate(in_flight) for in_flight in (1, 2, 3)] == [0.5, 0.25, 0.25]
+    link = Link(latency=1.0, alone=0.8, busy=0.2, two=0.6)
+    found = [link.rate(in_flight) for in_flight in (1, 2, 4, 8, 20)]
+    assert found == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 def _calibrated(rank: int) -> tuple[Link, bool]:
@@ -29,7 +33,8 @@ def test_ranks_calibrate_to_the_same_numbers_once(ranks2: RankPool) -> None:
     assert first == second
     assert cached_first and cached_second
     assert 0 < first.latency < 1
-    assert 0 < first.busy <= first.alone < 1e-6
+    assert first.two is not None
+    assert 0 < first.busy <= first.two <= first.alone < 1e-6
 
 
 def _known_before_and_after(rank: int) -> tuple[Link | None, bool]:
