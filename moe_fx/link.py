@@ -1,8 +1,8 @@
 """What an exchange over a group's link costs: measured once, and the same numbers on every rank.
 
-Three rates, since one exchange alone may not fill a link: a large Gloo all-to-all over TCP sends one
-way, then the other, and leaves almost half of a slow link idle; the more are in flight, the fuller
-it is (two hosts at 150 Mbit/s, torch 2.13: 105 ns a byte, of two 68, of eight 56).
+Three rates, since one exchange alone may not fill a link: a large Gloo all-to-all over TCP sends
+one way, then the other, and leaves almost half of a slow link idle; the more are in flight, the
+fuller it is (two hosts at 150 Mbit/s, torch 2.13: 105 ns a byte, of two 68, of eight 56).
 
 ::
 

@@ -112,6 +112,15 @@ def test_bytes_under_way_change_pace_when_another_exchange_is_queued() -> None:
     assert predicted == Prediction(1 + 3 + 3 + 1 + 3 + 1 + 5, 6, 1 + 3 + 4 + 4 + 5, 11)
 
 
+def test_the_fewer_are_in_flight_the_slower_is_a_link() -> None:
+    # each goes at the rate of as many as are still in flight, and at the end it is alone
+    eight = Pipeline(before=0, dispatch=[0.0] * 8, work=[0.0] * 8, combine=[1.0] * 8, after=0)
+    link = Link(latency=0.0, alone=8.0, busy=1.0, two=5.0)
+    rates = [1.0, *(link.rate(n) for n in (7, 6, 5, 4, 3)), 5.0, 8.0]
+    assert rates == sorted(rates) and rates[4] == pytest.approx(3.0)
+    assert simulate(eight, link).exchange == pytest.approx(sum(rates))
+
+
 def test_gradients_of_weights_fill_the_waiting() -> None:
     # the backward is the forward and 16 s more of products, 9 of them during the combine
     forward = predict(LAYER, LINK, GEMMS, Choice())
