@@ -10,12 +10,11 @@ they were queued. A layer is a pipeline over its pieces::
 Work that depends on neither side (a shared expert) is done while there is nothing else to do, and
 what is then left of it at the end.
 
-Against measurements (docs/overlap.md, the chosen plan): forward from 4 % too short to 13 % too long
-where the link is the longer side, since the busiest rank is expected to get 1.1 times the mean (one
-of 12 samples 18 % too short); from 26 % too short to 10 % too long where compute is, which varies
-as much on that machine. Forward and backward from 32 % too short (compute is the longer side) to
-10 % too long, twice too long where other work ran while rates were measured; those before
-`Compute.fresh_seconds` was counted.
+Against measurements (docs/overlap.md, the chosen plan, on a quiet machine): forward 8 to 14 % too
+long, since the busiest rank is expected to get 1.1 times the mean; forward and backward from 6 % too
+short to 19 % too long. Mixtral-like layers, of few experts: from 19 % too short to 12 % too long; with
+Zipf routing the busiest rank has more than expected. On a machine that others use too, from 32 %
+too short to 13 % too long; twice too long where other work ran while rates were measured.
 
 Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
 fill the waiting: of each piece once it is done, or where they are summed as one product, of all
