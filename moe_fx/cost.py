@@ -11,10 +11,10 @@ Work that depends on neither side (a shared expert) is done while there is nothi
 what is then left of it at the end.
 
 Against measurements (docs/overlap.md, the chosen plan, on a quiet machine): forward 8 to 14 % too
-long, since the busiest rank is expected to get 1.1 times the mean; forward and backward from 6 % too
-short to 19 % too long. Mixtral-like layers, of few experts: from 19 % too short to 12 % too long; with
-Zipf routing the busiest rank has more than expected. On a machine that others use too, from 32 %
-too short to 13 % too long; twice too long where other work ran while rates were measured.
+long, since the busiest rank is expected to get 1.1 times the mean; forward and backward from 6 %
+too short to 19 % too long. Mixtral-like layers, of few experts: from 19 % too short to 12 % too
+long; with Zipf routing the busiest rank has more than expected. On a machine that others use too,
+from 32 % too short to 13 % too long; twice too long where other work ran while rates were measured.
 
 Training adds the same pipeline for the gradients of rows; those of weights lead to no exchange and
 fill the waiting: of each piece once it is done, or where they are summed as one product, of all
@@ -43,8 +43,8 @@ __all__ = ["Choice", "Layer", "choose", "predict", "timeline"]
 
 WORTHWHILE = 0.01
 """Share of a layer's time that more pieces must save to be chosen. Measured (docs/overlap.md), they
-save more than predicted where the link is as long as the compute: 5 to 12 % from 4 chunks to 8,
-predicted 1.6 %."""
+save more than predicted where the link is as long as the compute: 6 to 12 % from 4 chunks to 8,
+predicted 4 to 7 %."""
 UNCERTAIN = 0.02
 """The same, of each doubling of token slices on top: what their shorter matrix products cost is
 known the least (measured: from 11 % less than predicted to 40 % more)."""
