@@ -45,9 +45,10 @@ WORTHWHILE = 0.01
 """Share of a layer's time that more pieces must save to be chosen. Measured (docs/overlap.md), they
 save more than predicted where the link is as long as the compute: 6 to 12 % from 4 chunks to 8,
 predicted 4 to 7 %."""
-UNCERTAIN = 0.02
+UNCERTAIN = 0.06
 """The same, of each doubling of token slices on top: what their shorter matrix products cost is
-known the least (measured: from 11 % less than predicted to 40 % more)."""
+known the least. Measured, all-gathers in 4 and 8 slices took from 3 to 30 % more than predicted
+beside all-to-alls by rows."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def choose(
 ) -> tuple[Choice, list[Prediction]]:
     """The best candidate, and what is predicted for each, in the order given.
 
-    Fewer chunks unless more save over 1 % (`WORTHWHILE`) of the time, token slices 2 % more each
+    Fewer chunks unless more save over 1 % (`WORTHWHILE`) of the time, token slices 6 % more each
     time that they double (`UNCERTAIN`); then the fastest; then the first.
     """
     if not candidates:
