@@ -76,7 +76,7 @@ def calibrate(group: dist.ProcessGroup, device: torch.device) -> Link:
 
     A collective: every rank of the group must make its first call at the same place among the
     group's collectives, with nothing else in flight, or the group hangs. All ranks get bitwise the
-    same numbers. Takes 1.8 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called
+    same numbers. Takes about 2 s at 150 Mbit/s, and well below 0.1 s on a fast link. May be called
     while a compiler traces with fake tensors.
     """
     key = (group.group_name, device.type)
