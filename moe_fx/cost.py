@@ -43,7 +43,7 @@ __all__ = ["Choice", "Layer", "choose", "predict", "timeline"]
 
 WORTHWHILE = 0.01
 """Share of a layer's time that more pieces must save to be chosen. Measured (docs/overlap.md), they
-save more than predicted where the link is as long as the compute: 6 to 12 % from 4 chunks to 8,
+save more than predicted where the link is as long as the compute: 3 to 16 % from 4 chunks to 8,
 predicted 4 to 7 %."""
 UNCERTAIN = 0.06
 """The same, of each doubling of token slices on top: what their shorter matrix products cost is

@@ -2,7 +2,7 @@
 
 Three rates, since one exchange alone may not fill a link: a large Gloo all-to-all over TCP sends
 one way, then the other, and leaves almost half of a slow link idle; the more are in flight, the
-fuller it is (two hosts at 150 Mbit/s, torch 2.13: 105 ns a byte, of two 68, of eight 56).
+fuller it is (two hosts at 150 Mbit/s, torch 2.13: one 95 ns a byte, two 70, eight 58).
 
 ::
 
@@ -49,22 +49,21 @@ _MANY = 8
 class Link:
     """latency: seconds an exchange costs however small. alone, two, busy: seconds per byte that a
     rank sends to other ranks, when one exchange is in flight, two are, and eight or more.
-    ``busy <= two <= alone``. Without ``two``, two are as fast as eight.
+    ``busy <= two <= alone``.
     """
 
     latency: float
     alone: float
+    two: float
     busy: float
-    two: float | None = None
 
     def rate(self, in_flight: int) -> float:
         """Seconds per byte with so many exchanges in flight; between two and eight interpolated,
         by doublings."""
         if in_flight <= 1:
             return self.alone
-        two = self.busy if self.two is None else self.two
         share = math.log(min(in_flight, _MANY) / 2, _MANY / 2)
-        return two + (self.busy - two) * share
+        return self.two + (self.busy - self.two) * share
 
 
 _measured: dict[tuple[str, str], Link] = {}
@@ -104,7 +103,7 @@ def _gathered(
 
 def _measure(group: dist.ProcessGroup, device: torch.device) -> Link:
     if group.size() == 1:
-        return Link(0.0, 0.0, 0.0)
+        return Link(0.0, 0.0, 0.0, 0.0)
     bench = _Bench(group, device)
     bench.seconds(1, 1, repeats=2)  # opens the connections
     latency = bench.seconds(1, 1, repeats=_SHORT_REPEATS)
@@ -124,7 +123,7 @@ def _measure(group: dist.ProcessGroup, device: torch.device) -> Link:
 
     alone = rate(num_bytes, 1)
     two = min(alone, rate(num_bytes // _PART, 2))
-    return Link(latency, alone, min(two, rate(num_bytes // _PART, _MANY)), two)
+    return Link(latency, alone, two, min(two, rate(num_bytes // _PART, _MANY)))
 
 
 class _Bench:

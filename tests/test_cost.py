@@ -55,8 +55,8 @@ LAYER = Layer(
     combine_bytes=1.0,
     skew=1.0,
 )
-LINK = Link(latency=1.0, alone=1.0, busy=0.5)
-FAST = Link(latency=0.0, alone=0.5, busy=0.5)
+LINK = Link(latency=1.0, alone=1.0, two=0.5, busy=0.5)
+FAST = Link(latency=0.0, alone=0.5, two=0.5, busy=0.5)
 GEMMS = Toy(flop=1 / 12)  # 12 multiply-adds a row: 16 rows take 16 s
 
 
@@ -115,7 +115,7 @@ def test_bytes_under_way_change_pace_when_another_exchange_is_queued() -> None:
 def test_the_fewer_are_in_flight_the_slower_is_a_link() -> None:
     # each goes at the rate of as many as are still in flight, and at the end it is alone
     eight = Pipeline(before=0, dispatch=[0.0] * 8, work=[0.0] * 8, combine=[1.0] * 8, after=0)
-    link = Link(latency=0.0, alone=8.0, busy=1.0, two=5.0)
+    link = Link(latency=0.0, alone=8.0, two=5.0, busy=1.0)
     rates = [1.0, *(link.rate(n) for n in (7, 6, 5, 4, 3)), 5.0, 8.0]
     assert rates == sorted(rates) and rates[4] == pytest.approx(3.0)
     assert simulate(eight, link).exchange == pytest.approx(sum(rates))
@@ -237,10 +237,10 @@ def test_chooses_the_fastest_and_returns_all_predictions() -> None:
 
 
 def test_prefers_fewer_pieces_for_a_gain_within_one_percent() -> None:
-    fast = Link(latency=0.0, alone=0.01, busy=0.01)  # 16.16 s in one piece, 16.08 s in two
+    fast = Link(latency=0.0, alone=0.01, two=0.01, busy=0.01)  # 16.16 s in one piece, 16.08 in two
     candidates = [Choice(4), Choice(2), Choice(1)]
     assert choose(LAYER, fast, GEMMS, candidates)[0] == Choice(1)
-    slower = Link(latency=0.0, alone=0.1, busy=0.1)  # 17.6, 16.8, 16.4
+    slower = Link(latency=0.0, alone=0.1, two=0.1, busy=0.1)  # 17.6, 16.8, 16.4
     assert choose(LAYER, slower, GEMMS, candidates)[0] == Choice(4)
 
 
@@ -257,7 +257,7 @@ def test_rejects_an_empty_choice() -> None:
 
 
 links = st.builds(
-    lambda latency, alone, share: Link(latency, alone, alone * share),
+    lambda latency, alone, share: Link(latency, alone, alone * share**0.5, alone * share),
     st.floats(0, 2),
     st.floats(0.001, 2),
     st.floats(0.3, 1),

@@ -22,8 +22,8 @@ from moe_fx.testing import RankPool
 from tests.passes.graphs import block, relative_error, tokens
 
 EXACT = 1e-6
-SLOW = Link(latency=1e-3, alone=1e-6, busy=6e-7)
-FAST = Link(latency=1e-7, alone=1e-13, busy=1e-13)
+SLOW = Link(latency=1e-3, alone=1e-6, two=6e-7, busy=6e-7)
+FAST = Link(latency=1e-7, alone=1e-13, two=1e-13, busy=1e-13)
 
 
 def results(

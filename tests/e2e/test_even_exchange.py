@@ -145,7 +145,7 @@ def chosen(rank: int, link: Link, even: bool) -> ExchangePlan:
     return reports[0].plans[0]
 
 
-NARROW = Link(latency=1e-5, alone=1e-6, busy=6e-7)
+NARROW = Link(latency=1e-5, alone=1e-6, two=6e-7, busy=6e-7)
 
 
 def test_tokens_that_have_four_experts_on_two_ranks_go_everywhere_once_if_they_may(
@@ -171,7 +171,7 @@ def small_experts(rank: int, strategy: str) -> ExchangePlan:
     moe_fx.shard_experts(module, group)
     options = {"base": "eager", "on_report": reports.append, "strategy": strategy}
     compiled = torch.compile(module, backend="moe_fx", options=options)
-    link = Link(latency=1e-5, alone=1e-6, busy=1e-6)
+    link = Link(latency=1e-5, alone=1e-6, two=1e-6, busy=1e-6)
     with mock.patch.object(planner, "link_of", lambda *_: link), torch.no_grad():
         compiled(tokens(1, 4096, 64, seed=rank))
     return reports[0].plans[0]
