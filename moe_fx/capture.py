@@ -18,6 +18,7 @@ from moe_fx.opaque import hide, restore
 from moe_fx.outline import enters_a_level
 from moe_fx.region import Declined, source_of
 
+_MOST_KEPT = 1 << 16
 _STORAGE_OPS = (torch.Tensor.set_, "set_")
 
 
@@ -33,7 +34,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
     _make_copies_differentiable(graph_module)
-    _note_scalars(graph_module, inputs)
+    _note_values(graph_module, inputs)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
@@ -64,13 +65,25 @@ def _check_levels(module: GraphModule) -> None:
             raise NotFunctional(Declined(reason, node.name, source_of(node)))
 
 
-def _note_scalars(module: GraphModule, inputs: Sequence[Any]) -> None:
-    """Under ``dynamic=True`` Dynamo passes the model's floats (a routing scale) as 0-d tensors:
-    keep their values for the report."""
+def _note_values(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Keep what is known of the inputs: ``meta["scalar"]``, a float of the model (a routing scale;
+    under ``dynamic=True`` Dynamo passes those as 0-d tensors), and ``meta["real"]``, integers,
+    bools and masks (ids, expert maps), so that proofs run on what they can hold."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    for node, value in zip(placeholders, inputs, strict=True):
-        if type(value) is Tensor and value.dim() == 0 and value.device.type == "cpu":
-            node.meta["scalar"] = value.item()
+    for node, given in zip(placeholders, inputs, strict=True):
+        if not isinstance(given, Tensor) or type(given) not in (Tensor, torch.nn.Parameter):
+            continue
+        if given.dim() == 0 and given.device.type == "cpu" and given.is_floating_point():
+            node.meta["scalar"] = given.item()
+        elif given.numel() <= _MOST_KEPT and given.device.type != "meta" and _is_mask(given):
+            node.meta["real"] = given.detach().cpu().clone()
+
+
+def _is_mask(given: Tensor) -> bool:
+    """Whether its entries are not to be made up: integers, bools, or floats that are 0 or 1."""
+    if not given.is_floating_point():
+        return not given.is_complex()
+    return given.dtype.itemsize > 1 and bool(((given == 0) | (given == 1)).all())
 
 
 def _make_copies_differentiable(module: GraphModule) -> None:

@@ -120,6 +120,20 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """What was seen of one input that a region reads, when it was changed alone: both the captured
+    layer and what takes its place changed, and alike.
+
+    name: of the graph node. kind: "tokens", "ids", "weights", "logits", or "floats", "integers",
+    "bools", "scalar". change: the largest change of the result, relative to its largest entry.
+    """
+
+    name: str
+    kind: str
+    change: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """How a region and its replacement were found to agree by value.
 
@@ -171,6 +185,7 @@ class Region:
     source: ``file:line`` of the router's selection in the user's model.
     input, output: names of the graph nodes that hold the tokens and the combined result.
     verified: the replacement agreed with the original by value (False if verification was off).
+    effects: what the proofs saw of each input that the layer reads, those of recognition first.
     verification: what was tried, if it was; listing: the nodes as text, for the HTML report.
     """
 
@@ -187,6 +202,7 @@ class Region:
     output: str
     verified: bool
     parts: Parts = field(repr=False, compare=False)
+    effects: tuple[Effect, ...] = field(default=(), compare=False)
     verification: Verification | None = field(default=None, compare=False)
     listing: Listing | None = field(default=None, repr=False, compare=False)
 

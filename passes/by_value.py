@@ -59,7 +59,9 @@ from moe_fx.passes.surroundings import (
     post_dominators,
 )
 from moe_fx.passes.trials import Trials
-from moe_fx.passes.weighing import Ids, Weighing, prove
+from moe_fx.passes.typical import kind_of
+from moe_fx.passes.weighing import Ids, Proof, Weighing, prove
+from moe_fx.region import Effect
 
 aten = torch.ops.aten
 
@@ -71,7 +73,8 @@ _CANDIDATES = 6
 class Reading:
     """What was found and proved. tokens: ``[.., H]``, the last dim features. result: the captured
     node; base: what the rows are added to (None: zeros). body: from sorted rows to the experts'
-    rows. captured: the nodes that the reading replaces, and which part of the layer each is."""
+    rows. captured: the nodes that the reading replaces, and which part of the layer each is.
+    effects: of each input that the captured nodes read."""
 
     selection: Selection
     tokens: Node
@@ -82,6 +85,28 @@ class Reading:
     base: Node | None
     captured: dict[Node, str]
     form: str
+    effects: tuple[Effect, ...]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A proof, with positions in place of nodes."""
+
+    node: int | None
+    mask: int | None
+    weighing: Weighing
+    changes: dict[int, float]
+
+    @staticmethod
+    def of(proof: Proof, at: dict[Node, int]) -> _Known:
+        weighing = proof.weighing
+        node, mask = (None if n is None else at[n] for n in (weighing.node, weighing.mask))
+        return _Known(node, mask, weighing, {at[n]: by for n, by in proof.changes.items()})
+
+    def proof(self, members: Sequence[Node]) -> Proof:
+        node, mask = (None if at is None else members[at] for at in (self.node, self.mask))
+        weighing = replace(self.weighing, node=node, mask=mask)
+        return Proof(weighing, {members[at]: by for at, by in self.changes.items()})
 
 
 class Readings:
@@ -90,9 +115,9 @@ class Readings:
     def __init__(self, graph: Graph, training: bool, anchors: Sequence[Anchor] = ()) -> None:
         self.graph, self.training = graph, training
         self._selections = [anchor.node for anchor in anchors]
-        self._proved: dict[str, tuple[int | None, int | None, Weighing] | str] = {}
+        self._proved: dict[str, _Known | str] = {}
 
-    def prove(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> Weighing:
+    def prove(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> Proof:
         """`weighing.prove`, once for equal layers."""
         alone = extract(trials.nodes, [trials.result])
         members = [*alone.inputs, *trials.nodes]
@@ -107,22 +132,15 @@ class Readings:
         known = self._proved.get(key)
         if isinstance(known, str):
             raise Refusal(known, trials.result, 6)
-        if known is not None:
-            node, mask, weighing = known
-            return replace(
-                weighing,
-                node=None if node is None else members[node],
-                mask=None if mask is None else members[mask],
-            )
-        try:
-            weighing = prove(trials, ids, body, base, self.training)
-        except Refusal as refusal:
-            if refusal.progress == 6:
-                self._proved[key] = refusal.reason
-            raise
-        positions = [None if n is None else at[n] for n in (weighing.node, weighing.mask)]
-        self._proved[key] = (positions[0], positions[1], weighing)
-        return weighing
+        if known is None:
+            try:
+                proof = prove(trials, ids, body, base, self.training)
+            except Refusal as refusal:
+                if refusal.progress == 6:
+                    self._proved[key] = refusal.reason
+                raise
+            known = self._proved[key] = _Known.of(proof, at)
+        return known.proof(members)
 
     def next_selection(self, node: Node) -> Node | None:
         """Where the next layer may begin."""
@@ -260,7 +278,8 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        weighing = self.readings.prove(trials, self.ids, body, base)
+        proof = self.readings.prove(trials, self.ids, body, base)
+        weighing = proof.weighing
         return Reading(
             selection=self.selection,
             tokens=tokens[0],
@@ -271,7 +290,16 @@ class _Reader:
             base=base,
             captured=self._captured(trials, layout, weighing),
             form=self._form(pairing, trials.nodes),
+            effects=self._effects(trials, proof),
         )
+
+    def _effects(self, trials: Trials, proof: Proof) -> tuple[Effect, ...]:
+        def what(node: Node) -> str:
+            if node in trials.tokens:
+                return "tokens"
+            return "logits" if node in self.around.logits else kind_of(node)
+
+        return tuple(Effect(n.name, what(n), by) for n, by in proof.changes.items())
 
     def _layout(self, tokens: list[Node], pairing: Pairing) -> RowLayout:
         return RowLayout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch.fx.node import map_arg
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.on_host import on_host
 from moe_fx.passes.roles import is_unary_rowwise
+from moe_fx.passes.typical import constant_of
 from moe_fx.region import Parts, Region
 
 aten = torch.ops.aten
@@ -41,6 +43,8 @@ def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
     for node in outside:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
+        if node.op == "get_attr" and isinstance(constant := constant_of(node), torch.Tensor):
+            copies[node].meta["real"] = constant
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].args, copies[node].kwargs = on_host((copies[node].args, copies[node].kwargs))
@@ -50,7 +54,8 @@ def extract(nodes: Sequence[Node], outputs: Sequence[Node]) -> Extract:
 
 
 def structure(alone: Extract) -> str:
-    """The same text for graphs that differ in names only: ops, constants, shapes and dtypes."""
+    """The same text for graphs that differ in names only: ops, constants, shapes and dtypes, and
+    what is known of the inputs' values."""
     return structure_of(alone.module.graph)
 
 
@@ -61,8 +66,15 @@ def structure_of(graph: Graph) -> str:
         numbers[node] = len(numbers)
         args = node.args if node.op != "placeholder" else ()
         numbered = map_arg((args, node.kwargs), lambda n: f"%{numbers[n]}")
-        lines.append(f"{node.target if args or node.kwargs else node.op} {numbered} {_kind(node)}")
+        known = _digest(node.meta["real"]) if "real" in node.meta else ""
+        what = node.target if args or node.kwargs else node.op
+        lines.append(f"{what} {numbered} {_kind(node)} {known}")
     return "\n".join(lines)
+
+
+def _digest(known: torch.Tensor) -> str:
+    entries = known.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(entries.numpy().tobytes()).hexdigest()[:16]
 
 
 def _kind(node: Node) -> str:

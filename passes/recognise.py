@@ -158,6 +158,7 @@ def recognise_by_value(
         output=reading.result.name,
         verified=False,
         parts=parts,
+        effects=reading.effects,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ from moe_fx.passes.roles import (
     value,
 )
 from moe_fx.passes.scores import Sample, Unfit, fit
-from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, scalar
+from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
+from moe_fx.passes.typical import scalar
 from moe_fx.region import Gate, Parts, Router
 
 aten = torch.ops.aten
@@ -45,6 +47,7 @@ _FACTORS = {aten.mul.Tensor: operator.mul, aten.div.Tensor: operator.truediv}
 _NUM_TOKENS = 64
 _SEARCH_LIMIT = 100
 _NEAR_TIES = (4.0, 0.1)
+_STEP = 1009  # from one input's seed to the next
 
 RouterCache = dict[str, "tuple[Router, bool] | Refusal"]
 """Of a router: its description, and whether it holds for any bias."""
@@ -98,9 +101,10 @@ def _unproven(selection: Selection, parts: Parts, why: str) -> Refusal:
 def _check_ids(selection: Selection, parts: Parts, captured: _Captured) -> None:
     """Let each column of the logits win in turn: the ids must be those of experts."""
     columns = concrete(shape(captured.logits)[-1])
-    for first in range(0, columns, captured.tokens.wanted):
+    firsts = range(0, columns, captured.tokens.wanted)
+    for first, own in product(firsts, (False, True)):
         try:
-            ids = captured.sample(winners_from=first).ids
+            ids = captured.sample(winners_from=first, own=own).ids
         except Unfit as unfit:
             raise _unproven(selection, parts, str(unfit)) from None
         if int(ids.min()) < 0 or int(ids.max()) >= selection.num_experts:
@@ -157,19 +161,23 @@ class _Captured:
         )
 
     def sample(
-        self, winners_from: int | None = None, seed: int = 1, bias_shift: float = 0.0
+        self,
+        winners_from: int | None = None,
+        seed: int = 1,
+        bias_shift: float = 0.0,
+        own: bool = False,
     ) -> Sample:
         """Weights and ids for random logits; token ``i`` prefers column ``winners_from + i``. The
-        logits and ids that come from outside depend on ``seed``."""
-        generator = torch.Generator().manual_seed(0)
-        varying = torch.Generator().manual_seed(seed)
+        logits and ids that come from outside depend on ``seed``. own: other inputs are as they were
+        when the graph was captured, where that is known."""
         values: dict[Node, Any] = {}
-        for node in self.alone.inputs:
+        for at, node in enumerate(self.alone.inputs):
             values[node] = example(
                 node,
                 self.tokens,
-                varying if node is self.logits else generator,
+                _STEP * at + (seed if node is self.logits else 0),
                 per_token=node in (self.logits, self.selection.node) and self._resizable,
+                own=own,
             )
         logits = values[self.logits]
         if not self._selects_by_topk:
@@ -186,7 +194,7 @@ class _Captured:
         for node in self.learned_scales:
             values[node] = torch.full_like(values[node], 1.25)
         if self.selection.looked_up:
-            values[self.selection.node] = self._random_ids(values[self.selection.node], varying)
+            values[self.selection.node] = self._random_ids(values[self.selection.node], seed)
         weights, ids = self._run([values[node] for node in self.alone.inputs])
         return Sample(
             logits=flat * self.logit_scale,
@@ -212,8 +220,9 @@ class _Captured:
             n.target is aten.topk.default for n in self.selection.selectors
         )
 
-    def _random_ids(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def _random_ids(self, like: Tensor, seed: int) -> Tensor:
         experts = self.selection.num_experts
+        generator = torch.Generator().manual_seed(seed)
         ids = torch.rand(self.tokens.wanted, experts, generator=generator).argsort(1)
         return ids[:, : self.selection.top_k].reshape(like.shape).to(like.dtype)
 

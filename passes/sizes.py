@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.roles import VIEWS, same, value
+from moe_fx.passes.typical import drawn
 
 aten = torch.ops.aten
 
@@ -25,8 +25,6 @@ _SIZE_LIST_AT = dict.fromkeys((*VIEWS, aten.expand.default), 1) | {
     aten.full.default: 0,
 }
 _ARANGE = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-_DENSE_LIMIT = 1 << 20
-_STEP = 257
 
 
 @dataclass(frozen=True)
@@ -78,38 +76,15 @@ def concrete(size: Any) -> int:
 
 
 def example(
-    node: Node, tokens: TokenCount, generator: torch.Generator, *, per_token: bool = False
+    node: Node, tokens: TokenCount, seed: int, *, per_token: bool = False, own: bool = False
 ) -> Any:
-    """A random value for what ``node`` stands for; floats ~ N(0, 1), ids all zero. ``per_token``:
-    its first dim counts tokens or rows."""
+    """A value that is typical of what ``node`` stands for (`typical.py`). ``per_token``: its first
+    dim counts tokens or rows."""
     val = value(node)
     if isinstance(val, torch.SymInt):
         return tokens.size(val)
-    if isinstance(val, torch.SymFloat):
-        return scalar(node)
-    if not isinstance(val, Tensor):
-        return val
-    leading = [tokens.size(val.shape[0])] if per_token else []
-    sizes = leading + [concrete(size) for size in val.shape[len(leading) :]]
-    return random_tensor(sizes, val.dtype, generator)
-
-
-def scalar(node: Node) -> float:
-    """The value the model's float behind ``node`` had when the graph was captured."""
-    source = node.args[0] if node.target is aten.item.default else node
-    assert isinstance(source, Node)
-    return float(source.meta.get("scalar", 1.5))
-
-
-def random_tensor(sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Large tensors are overlapping windows of a small random one: no memory, distinct entries."""
-    if not dtype.is_floating_point:
-        return torch.zeros(sizes, dtype=dtype)
-    if math.prod(sizes) <= _DENSE_LIMIT:
-        return torch.randn(sizes, generator=generator).to(dtype)
-    strides = [1]
-    for size in reversed(sizes[1:]):
-        strides.insert(0, strides[0] * (_STEP if strides[0] == 1 else 13) + size % 7)
-    extent = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
-    base = torch.randn(extent, generator=generator).to(dtype)
-    return base.as_strided(sizes, strides)
+    sizes: list[int] = []
+    if isinstance(val, Tensor):
+        leading = [tokens.size(val.shape[0])] if per_token else []
+        sizes = leading + [concrete(size) for size in val.shape[len(leading) :]]
+    return drawn(node, sizes, seed, own=own)

@@ -17,13 +17,15 @@ from moe_fx.passes.extract import Extract, extract, structure
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
 from moe_fx.passes.roles import Refusal, shape, value
-from moe_fx.passes.sizes import TokenCount, choose_token_count, example
+from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
+from moe_fx.passes.typical import drawn
 
 ops = torch.ops.moe_fx
 
 _TOLERANCE = 1e-4
 _COARSE_TOLERANCE = 6e-2
 _TRIED_TOKENS = 5
+_STEP = 1009  # from one input's seed to the next
 
 
 def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> None:
@@ -34,7 +36,6 @@ def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> 
     pair = f"{structure(captured)}\n{structure(standing)}"
     if pair in proved:
         return
-    generator = torch.Generator().manual_seed(0)
     tried = [
         choose_token_count(
             shape(found.ids)[0], found.top_k, found.num_experts, _TRIED_TOKENS - rank % 3
@@ -43,8 +44,8 @@ def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> 
     ]
     shared: dict[Node, Any] = {}
     per_rank = [
-        _values(found, stand_in, (*captured.inputs, *standing.inputs), shared, count, generator)
-        for count in tried
+        _values(found, stand_in, (*captured.inputs, *standing.inputs), shared, count, seed)
+        for seed, count in enumerate(tried)
     ]
     results = []
     for side, modules in (
@@ -79,25 +80,27 @@ def _values(
     inputs: tuple[Node, ...],
     shared: dict[Node, Any],
     count: TokenCount,
-    generator: torch.Generator,
+    seed: int,
 ) -> dict[Node, Any]:
     """By input of either graph: tokens and tables of a rank's own, all else in common."""
     values: dict[Node, Any] = {}
-    for node in dict.fromkeys(inputs):
+    for at, node in enumerate(dict.fromkeys(inputs)):
+        own_seed = _STEP * (at + 1) + seed
         if node is found.ids:
+            generator = torch.Generator().manual_seed(own_seed)
             scores = torch.rand(count.wanted, found.num_experts, generator=generator)
             values[node] = scores.argsort(1)[:, : found.top_k].contiguous().to(value(node).dtype)
         elif node in found.inputs:
-            values[node] = example(node, count, generator, per_token=True)
+            values[node] = example(node, count, own_seed, per_token=True)
         elif node in stand_in.shards:
-            table = example(node, count, generator)
-            values[node] = table * max(1, table.shape[-1]) ** -0.5
+            sizes = [concrete(size) for size in shape(node)]
+            values[node] = drawn(node, sizes, own_seed, weight=True)
         elif isinstance(value(node), Tensor):
             if node not in shared:
-                shared[node] = example(node, count, generator)
+                shared[node] = example(node, count, own_seed)
             values[node] = shared[node]
         else:
-            values[node] = example(node, count, generator)
+            values[node] = example(node, count, own_seed)
     return values
 
 

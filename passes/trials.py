@@ -2,13 +2,15 @@
 
 Contract. ``Trials.run(case)`` computes every node between the inputs (tokens, logits, parameters,
 and what else comes from outside) and a result, and the parameters that a body reads. Cases differ
-in the logits, and in the number of tokens where that is not fixed in the graph.
+in the logits, and in the number of tokens where that is not fixed in the graph. Each input has
+values of its own, so that ``rerun`` can change one alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,23 +23,29 @@ from moe_fx.passes.layout import Body
 from moe_fx.passes.names import view_root
 from moe_fx.passes.on_host import call_on_host
 from moe_fx.passes.roles import Refusal, Selection, is_integer, shape, value
-from moe_fx.passes.sizes import random_tensor, scalar
 from moe_fx.passes.surroundings import Surroundings
+from moe_fx.passes.typical import drawn, kind_of
+from moe_fx.passes.uses import reads_values
 
 _UNKNOWN = 6  # what stands for a size of which nothing is known
 _MOST_TOKENS = 2048
+_SEEDS, _FIXED, _AGAIN = 1009, 7, 101  # of an input, of a parameter in every case, of a change
 
 Values = dict[Node, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """logits: how they are drawn. more_tokens: than the graph was captured with."""
+    """logits: how they are drawn; ``first``: the expert that the first token prefers, if every
+    expert is preferred in turn. more_tokens: than the graph was captured with. own: inputs have the
+    values that are known of them."""
 
     name: str
     logits: str
     seed: int = 0
     more_tokens: bool = False
+    own: bool = False
+    first: int = 0
 
 
 CASES = (
@@ -49,6 +57,7 @@ CASES = (
     Case("ties", "ties"),
     Case("every expert in turn", "turns"),
 )
+OWN = Case("the values at capture", "normal", 6, own=True)
 MORE_TOKENS = (
     Case("more tokens", "normal", 4, more_tokens=True),
     Case("more tokens, only the last experts", "last", 5, more_tokens=True),
@@ -81,7 +90,26 @@ class Trials:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        return CASES + MORE_TOKENS if self._growing else CASES
+        known = any("real" in node.meta or "scalar" in node.meta for node in self.inputs)
+        return CASES + (OWN,) * known + MORE_TOKENS * bool(self._growing)
+
+    @property
+    def turns(self) -> Iterator[Case]:
+        """Cases in which each expert is selected by some token of one of them."""
+        for first in range(self.selection.num_experts):
+            yield Case(f"expert {first} and others", "turns", 8, first=first)
+
+    @cached_property
+    def perturbed(self) -> list[tuple[Node, ...]]:
+        """The inputs whose values are read, each alone; views of the tokens together."""
+        tokens = tuple(node for node in self.inputs if node in self.tokens)
+        return [(n,) for n in self.inputs if n not in tokens and self._is_read(n)] + [tokens]
+
+    def _is_read(self, node: Node) -> bool:
+        if node not in self.around.logits and kind_of(node) in ("size", "constant"):
+            return False
+        inside = {*self.nodes}
+        return any(user in inside and reads_values(user) for user in node.users)
 
     def _region(self, ends: list[Node]) -> tuple[list[Node], list[Node]]:
         inside: set[Node] = set()
@@ -108,36 +136,63 @@ class Trials:
     def run(self, case: Case, gradients: bool = False) -> Values:
         """Values of all nodes; with ``gradients``, such as autograd follows, from the floating
         inputs on. Raises `Refusal` if the graph can't be run so."""
-        numbers = self._sizes(case)
-        generator = torch.Generator().manual_seed(case.seed)
-        drawn = torch.Generator().manual_seed(7)  # parameters: the same in every case
-        values: Values = {}
-        tokens: dict[Node, Tensor] = {}
-        for node in self.inputs:
-            if node in self.around.logits:
-                made = self._logits(node, case, numbers, generator)
-            elif node in self.tokens:
-                sizes = [number(size, numbers) for size in shape(node)]
-                root = view_root(node)
-                if root not in tokens:
-                    tokens[root] = random_tensor(sizes, value(node).dtype, generator)
-                made = tokens[root].reshape(sizes)
-            else:
-                parameter = self.around.what(node) == "parameter"
-                made = self._other(node, numbers, drawn if parameter else generator)
-            if gradients and isinstance(made, Tensor) and made.is_floating_point():
-                made = made.requires_grad_()
-            values[node] = made
+        values = {node: self._drawn(node, case) for node in self.inputs}
+        if gradients:
+            for made in values.values():
+                if isinstance(made, Tensor) and made.is_floating_point():
+                    made.requires_grad_()
         cut = _without_gradients(self.result.graph) if gradients else set()
+        self._compute(self.nodes, values, case, cut)
+        return values
+
+    def rerun(
+        self, case: Case, values: Values, changed: Collection[Node], again: int = 1
+    ) -> Values:
+        """As ``values`` of a run of ``case``, with other values of the inputs ``changed``: the
+        ``again``-th others."""
+        after = dict(values)
+        touched = set(changed)
+        for node in changed:
+            after[node] = self._drawn(node, case, again)
+        later = []
+        for node in self.nodes:
+            if not touched.isdisjoint(node.all_input_nodes):
+                touched.add(node)
+                later.append(node)
+        self._compute(later, after, case)
+        return after
+
+    def _compute(
+        self, nodes: Iterable[Node], values: Values, case: Case, cut: Collection[Node] = ()
+    ) -> None:
+        """cut: nodes that no gradient flows through."""
         try:
-            for node in self.nodes:
+            for node in nodes:
                 made = call_on_host(node, values)
                 values[node] = made.detach() if node in cut and isinstance(made, Tensor) else made
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise Refusal(
                 f"could not be run with {case.name}: {type(error).__name__}: {error}", node, 4
             ) from None
-        return values
+
+    def _drawn(self, node: Node, case: Case, again: int = 0) -> Any:
+        """again: another value than that of 0."""
+        numbers = self._sizes(case)
+        val = value(node)
+        if isinstance(val, torch.SymInt):
+            return number(val, numbers)
+        sizes = [number(size, numbers) for size in shape(node)]
+        root = view_root(node)
+        first = next((n for n in self.tokens if view_root(n) is root), node)
+        is_token = node in self.tokens
+        at = self.inputs.index(first if is_token and first in self.inputs else node)
+        fixed = self.around.what(node) == "parameter" and node not in self.around.logits
+        seed = _SEEDS * (at + 1) + (_FIXED if fixed else case.seed) + again * _AGAIN
+        if node in self.around.logits:
+            return self._logits(node, case, numbers, torch.Generator().manual_seed(seed))
+        if is_token and first is not node and first in self.inputs:
+            return self._drawn(first, case, again).reshape(sizes)
+        return drawn(node, sizes, seed, own=case.own, weight=not is_token)
 
     def _sizes(self, case: Case) -> dict[Any, int]:
         if not case.more_tokens:
@@ -157,6 +212,8 @@ class Trials:
         sizes, dtype = [number(size, numbers) for size in shape(node)], value(node).dtype
         experts = self.selection.num_experts
         if is_integer(node):
+            if case.own:
+                return drawn(node, sizes, case.seed, own=True)
             if case.logits == "last":
                 return torch.full(sizes, experts - 1, dtype=dtype)
             if case.logits in ("first", "ties"):
@@ -164,9 +221,9 @@ class Trials:
             return torch.randint(experts, sizes, generator=generator).to(dtype)
         noise = torch.randn(sizes, generator=generator)
         slope = torch.linspace(0.0, 8.0, sizes[-1])
-        turns = torch.arange(noise.numel() // sizes[-1]).view(*sizes[:-1], 1) * 3
+        turns = torch.arange(noise.numel() // sizes[-1]).view(*sizes[:-1], 1) * 3 + case.first
         preferred = (torch.arange(sizes[-1]) == turns % sizes[-1]) * 8.0
-        drawn = {
+        ways = {
             "normal": noise,
             "extreme": noise * 40,
             "ties": torch.zeros(sizes),
@@ -174,22 +231,7 @@ class Trials:
             "first": noise * 0.1 - slope,
             "turns": noise + preferred,
         }
-        return drawn[case.logits].to(dtype)
-
-    def _other(self, node: Node, numbers: dict[Any, int], generator: torch.Generator) -> Any:
-        val = value(node)
-        if isinstance(val, torch.SymInt):
-            return number(val, numbers)
-        if isinstance(val, torch.SymFloat):
-            return scalar(node)
-        if not isinstance(val, Tensor):
-            return val
-        sizes = [number(size, numbers) for size in val.shape]
-        if not sizes:
-            return torch.tensor(scalar(node) if val.is_floating_point() else 0, dtype=val.dtype)
-        made = random_tensor(sizes, val.dtype, generator)
-        scale = sizes[-1] ** -0.5 if len(sizes) > 1 else 1.0
-        return made * scale if made.is_contiguous() and made.is_floating_point() else made
+        return ways[case.logits].to(dtype)
 
 
 def _without_gradients(graph: Graph) -> set[Node]:

@@ -10,6 +10,8 @@ Pseudo-code, for one region::
     for each adversarial routing: run original and replacement on all ranks in lock step (real
     collectives replaced by slicing), on random tokens and weights; outputs must be close, and, in
     a graph captured for training, so must the gradients of all floating inputs
+    each input changed alone (`rank_values.py`): both must change, and alike; a result that is not
+    finite or the same everywhere shows nothing
 
 The replacement is thus checked with its exchange, its split into local experts, its order of
 experts, cuts through experts of any size, and room for all rows: what overflows by
@@ -19,19 +21,20 @@ Equal regions (same graph, shapes and plan) are verified once, unless ``verify="
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from moe_fx import simulate
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.extract import Extract, extract_region, structure, translate
 from moe_fx.passes.gradients import (
+    Leaf,
     NotDifferentiable,
     choose_leaves,
     cut_at,
@@ -41,21 +44,24 @@ from moe_fx.passes.gradients import (
 )
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
+from moe_fx.passes.power import SEEN, tells
+from moe_fx.passes.rank_values import RankValues, kind_of_input, name_of_input
 from moe_fx.passes.rewrite import rewrite_region
-from moe_fx.passes.roles import PerToken, shape, value
-from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example, random_tensor
+from moe_fx.passes.roles import shape, value
+from moe_fx.passes.sizes import concrete
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Region, Verification, source_of
+from moe_fx.region import Declined, Effect, Region, Verification, source_of
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _WEIGHT_BUDGET_BYTES = 1 << 28
+_WAYS = 2
 
 
 class Verify(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         if context.options.verify == "off":
             return PassResult(module, changed=False)
-        seen: dict[str, Verification | str] = {}
+        seen: dict[str, Verified | str] = {}
         kept: list[tuple[Region, ExchangePlan]] = []
         for region, plan in zip(context.regions, context.plans, strict=True):
             alone, region_alone = extract_region(region)
@@ -71,74 +77,164 @@ class Verify(Pass):
                     Declined(found, combined.name, source_of(combined), region.form)
                 )
             else:
-                kept.append((replace(region, verified=True, verification=found), plan))
+                effects = (*region.effects, *_effects(alone, region_alone, found))
+                verification = found.verification
+                region = replace(region, verified=True, verification=verification, effects=effects)
+                kept.append((region, plan))
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
 
 
-def difference(
-    alone: Extract, region: Region, plan: ExchangePlan, cuts: frozenset[str] | None = None
-) -> Verification | str:
-    """What differs between the region and its replacement, or how it was seen that nothing does.
-    cuts: gradients are compared too, none flowing through the nodes of these names."""
-    ranks = range(plan.world_size)
-    rewritten = [replacement(alone, region, replace(plan, rank=rank)) for rank in ranks]
-    original = [cut_at(alone.module, cuts or frozenset())] * plan.world_size
-    overrides = reference_ops(alone.module)
-    tolerance = _tolerance(region)
-    routings: list[str] = []
-    compared: dict[str, None] = {}
-    largest, largest_gradient = 0.0, 0.0
-    held = 1 if cuts is None else plan.world_size
-    for what, counts, inputs in _trials(alone, region, plan, _token_count(region, held)):
-        resize = [count.resize for count in counts]
-        leaves = [] if cuts is None else choose_leaves(inputs)
-        results = []
-        for side, modules in (("the layer", original), ("the rewrite", rewritten)):
-            run = partial(simulate.run, modules, overrides=overrides, resize=resize)
-            try:
-                results.append(run_with_gradients(run, inputs, leaves, seed=len(routings)))
-            except NotDifferentiable as error:
-                return f"{side} cannot be differentiated with {what}: {error}"
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                return f"could not be verified with {what}: {type(error).__name__}: {error}"
-        (expected, gradients), (found, found_gradients) = results
-        for rank, ((left,), (right,)) in enumerate(zip(expected, found, strict=True)):
-            distance = _relative_error(left, right)
-            if distance > tolerance:
-                return (
-                    f"the rewrite changed the result with {what}: relative difference "
-                    f"{distance:.1e} on rank {rank} of {plan.world_size}"
-                )
-            largest = max(largest, distance)
-        distances = relative_errors(gradients, found_gradients)
-        for leaf, distance in zip(leaves, distances, strict=True):
-            name = _role(alone.copies[alone.inputs[leaf.position]], region)
-            if distance > tolerance:
-                where = "summed over" if leaf.rank is None else f"on rank {leaf.rank} of"
-                return (
-                    f"the rewrite changed the gradient of {name} with {what}: relative difference "
-                    f"{distance:.1e} {where} {plan.world_size} ranks"
-                )
-            compared[name] = None
-            largest_gradient = max(largest_gradient, distance)
-        routings.append(what)
-    return Verification(
-        tuple(routings),
-        plan.world_size,
-        largest,
-        tolerance,
-        tuple(compared),
-        largest_gradient if compared else None,
+def _effects(alone: Extract, region: Region, found: Verified) -> tuple[Effect, ...]:
+    """region: that of the extracted nodes. ``found`` may be of an equal one with other names."""
+    return tuple(
+        Effect(name_of_input(alone, region, at), kind_of_input(alone, region, at), change)
+        for at, change in found.changes.items()
     )
 
 
-def _role(node: Node, region: Region) -> str:
-    """What an input of the extracted region is called in a report."""
-    if node is region.parts.tokens:
-        return "tokens"
-    return "weights" if node is region.parts.weights else node.name
+def difference(
+    alone: Extract, region: Region, plan: ExchangePlan, cuts: frozenset[str] | None = None
+) -> Verified | str:
+    """What differs between the region and its replacement, or how it was seen that nothing does.
+    cuts: gradients are compared too, none flowing through the nodes of these names."""
+    try:
+        return _Comparison(alone, region, plan, cuts).verified()
+    except _Differs as differs:
+        return str(differs)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """changes: by position of the extracted region's input, the largest change of the result,
+    relative to its largest entry, when that input was changed alone."""
+
+    verification: Verification
+    changes: dict[int, float]
+
+
+class _Differs(Exception):
+    """Says what."""
+
+
+class _Comparison:
+    """The region beside its replacements, one a rank."""
+
+    def __init__(
+        self, alone: Extract, region: Region, plan: ExchangePlan, cuts: frozenset[str] | None
+    ) -> None:
+        ranks = range(plan.world_size)
+        self.sides = {
+            "the layer": [cut_at(alone.module, cuts or frozenset())] * plan.world_size,
+            "the rewrite": [replacement(alone, region, replace(plan, rank=rank)) for rank in ranks],
+        }
+        held = 1 if cuts is None else plan.world_size
+        self.values = RankValues(alone, region, plan, _token_count(region, held))
+        self.overrides = reference_ops(alone.module)
+        self.tolerance, self.world, self.trains = (
+            _tolerance(region),
+            plan.world_size,
+            cuts is not None,
+        )
+        self.largest, self.largest_gradient = 0.0, 0.0
+        self.compared: dict[str, None] = {}
+        self.found: dict[str, list[Tensor]] = {}
+
+    def verified(self) -> Verified:
+        for seed, routing in enumerate(self.values.routings):
+            self.found[routing] = self._same(
+                routing, self.values.inputs(routing), self.trains, seed
+            )
+        telling = [routing for routing, results in self.found.items() if any(map(tells, results))]
+        if not telling:
+            raise _Differs(
+                "unproved: in no trial was the layer's result finite and not the same everywhere"
+            )
+        changes = self._changes(telling)
+        verification = Verification(
+            tuple(self.found),
+            self.world,
+            self.largest,
+            self.tolerance,
+            tuple(self.compared),
+            self.largest_gradient if self.compared else None,
+        )
+        return Verified(verification, changes)
+
+    def _changes(self, telling: list[str]) -> dict[int, float]:
+        changes: dict[int, float] = {}
+        for group in self.values.groups:
+            name, change = self._name(group[0]), 0.0
+            for routing, again in product(telling, range(1, 1 + _WAYS)):
+                inputs = self.values.inputs(routing, group, again)
+                results = self._same(f"{routing}, {name} changed", inputs)
+                change = max(change, _change(self.found[routing], results))
+                if change > SEEN * self.tolerance:
+                    break
+            else:
+                raise _Differs(
+                    f"unproved: {name} was changed alone, and the layer's result by {change:.1e} "
+                    "at most, which would not be seen"
+                )
+            changes |= dict.fromkeys(group, change)
+        return changes
+
+    def _name(self, at: int) -> str:
+        return name_of_input(self.values.alone, self.values.region, at)
+
+    def _same(
+        self, what: str, inputs: list[list[Any]], gradients: bool = False, seed: int = 0
+    ) -> list[Tensor]:
+        """The layer's results by rank; raises `_Differs` unless they are the rewrite's."""
+        leaves = choose_leaves(inputs) if gradients else []
+        results = []
+        for side, modules in self.sides.items():
+            resize = [count.resize for count in self.values.counts]
+            run = partial(simulate.run, modules, overrides=self.overrides, resize=resize)
+            try:
+                results.append(run_with_gradients(run, inputs, leaves, seed))
+            except NotDifferentiable as error:
+                raise _Differs(f"{side} cannot be differentiated with {what}: {error}") from None
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                reason = f"could not be verified with {what}: {type(error).__name__}: {error}"
+                raise _Differs(reason) from None
+        (expected, of_layer), (found, of_rewrite) = results
+        for rank, ((left,), (right,)) in enumerate(zip(expected, found, strict=True)):
+            distance = _relative_error(left, right)
+            if distance > self.tolerance:
+                raise _Differs(
+                    f"the rewrite changed the result with {what}: relative difference "
+                    f"{distance:.1e} on rank {rank} of {self.world}"
+                )
+            self.largest = max(self.largest, distance)
+        self._same_gradients(what, leaves, of_layer, of_rewrite)
+        return [left for (left,) in expected]
+
+    def _same_gradients(
+        self, what: str, leaves: list[Leaf], expected: list[Tensor], found: list[Tensor]
+    ) -> None:
+        distances = relative_errors(expected, found)
+        for leaf, distance in zip(leaves, distances, strict=True):
+            name = self._name(leaf.position)
+            if distance > self.tolerance:
+                where = "summed over" if leaf.rank is None else f"on rank {leaf.rank} of"
+                raise _Differs(
+                    f"the rewrite changed the gradient of {name} with {what}: relative difference "
+                    f"{distance:.1e} {where} {self.world} ranks"
+                )
+            self.compared[name] = None
+            self.largest_gradient = max(self.largest_gradient, distance)
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest change on a rank, relative to the largest entry there; results that show nothing
+    have not changed."""
+    changes = [0.0]
+    for left, right in zip(before, after, strict=True):
+        if tells(left) and tells(right):
+            changes.append(_relative_error(left, right))
+    return max(changes)
 
 
 def _tolerance(region: Region) -> float:
@@ -162,106 +258,6 @@ def replacement(alone: Extract, region: Region, plan: ExchangePlan) -> GraphModu
 
 def _moved(region: Region, to: Extract) -> Region:
     return replace(region, parts=translate(region.parts, to.copies))
-
-
-def _trials(
-    alone: Extract, region: Region, plan: ExchangePlan, base: int
-) -> Iterator[tuple[str, list[TokenCount], list[list[Any]]]]:
-    generator = torch.Generator().manual_seed(0)
-    tables = _tables(alone, region, plan, generator)
-    experts = region.num_experts
-    routings = _routings(region, generator)
-    for what, routing in routings.items():
-        counts = [
-            choose_token_count(
-                shape(region.parts.tokens)[0],
-                region.top_k,
-                experts,
-                base if plan.even else max(1, base - rank % 3),
-            )
-            for rank in range(plan.world_size)
-        ]
-        yield (
-            what,
-            counts,
-            [
-                _rank_inputs(alone, region, plan, tables, rank, counts[rank], routing, generator)
-                for rank in range(plan.world_size)
-            ],
-        )
-
-
-def _routings(region: Region, generator: torch.Generator) -> dict[str, Callable[[int], Tensor]]:
-    """Adversarial ids ``[T, K]`` by number of tokens, such as the region's router can select: an
-    expert comes up twice for a token only if the router may do that."""
-    experts, k = region.num_experts, region.top_k
-    routings: dict[str, Callable[[int], Tensor]] = {}
-    if k <= experts:
-        routings |= {
-            "random routing": lambda n: torch.rand(n, experts, generator=generator).argsort(1)[
-                :, :k
-            ],
-            "only the last experts": lambda n: torch.arange(experts).flip(0)[:k].repeat(n, 1),
-            "only the first experts": lambda n: torch.arange(experts)[:k].repeat(n, 1),
-        }
-    if not region.parts.distinct:
-        routings |= {
-            "repeated experts": lambda n: torch.randint(experts, (n, k), generator=generator),
-            "all tokens to one expert": lambda n: torch.full((n, k), experts - 1),
-        }
-    return routings
-
-
-def _rank_inputs(
-    alone: Extract,
-    region: Region,
-    plan: ExchangePlan,
-    tables: dict[Node, Tensor],
-    rank: int,
-    count: TokenCount,
-    routing: Callable[[int], Tensor],
-    generator: torch.Generator,
-) -> list[Any]:
-    parts = region.parts
-    shards = {gather.shard for gather in parts.gathers}
-    inputs: list[Any] = []
-    for original in alone.inputs:
-        node = alone.copies[original]
-        if node is parts.ids:
-            inputs.append(routing(count.wanted).contiguous().to(value(node).dtype))
-        elif node in shards:
-            inputs.append(tables[node].chunk(plan.world_size)[rank])
-        elif node in tables:
-            inputs.append(tables[node])
-        else:
-            per_token = node in (parts.tokens, parts.weights) or isinstance(
-                parts.roles.get(node), PerToken
-            )
-            inputs.append(example(original, count, generator, per_token=per_token))
-    return inputs
-
-
-def _tables(
-    alone: Extract, region: Region, plan: ExchangePlan, generator: torch.Generator
-) -> dict[Node, Tensor]:
-    """What every rank has in common: all that does not vary with the tokens, whole."""
-    parts = region.parts
-    shards = {gather.shard for gather in parts.gathers}
-    tables: dict[Node, Tensor] = {}
-    for original in alone.inputs:
-        node = alone.copies[original]
-        dims = shape(node)
-        token_data = (parts.tokens, parts.ids, parts.weights)
-        if not dims or node in token_data or isinstance(parts.roles.get(node), PerToken):
-            continue
-        if node in shards or value(node).dtype.is_floating_point:
-            sizes = [concrete(size) for size in dims]
-            if node in shards:
-                sizes[0] *= plan.world_size
-            scale = max(1, sizes[-1]) ** -0.5
-            table = random_tensor(sizes, value(node).dtype, generator)
-            tables[node] = table * scale if table.is_contiguous() else table
-    return tables
 
 
 def _token_count(region: Region, held: int) -> int:

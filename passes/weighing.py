@@ -1,8 +1,9 @@
 """Which of a router's values weigh the experts' rows, found and proved by value.
 
 Contract. ``prove(trials, …)`` returns the `Weighing` with which the weighted sum of the body's rows
-is the captured result, in every trial. Raises `Refusal` saying by how
-much the nearest one missed.
+is the captured result, in every trial, and what each input's effect on both was (`power.py`).
+Raises `Refusal` saying by how much the nearest one missed. A trial whose result is not finite, or
+the same everywhere, shows nothing and counts for nothing.
 
 Pseudo-code::
 
@@ -11,6 +12,7 @@ Pseudo-code::
         equal(result, base + sum(value * pairs)), or with the value on the tokens -> that is it
     the same, times a mask of pairs (what a capacity drops)
     in every further trial: equal, or Refusal
+    each input changed alone: both change, and alike, or Refusal
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from torch.fx import Node
 from moe_fx.passes.gradients import relative_errors
 from moe_fx.passes.layout import Body
 from moe_fx.passes.on_host import call_on_host
+from moe_fx.passes.power import changes_of, tells
 from moe_fx.passes.roles import Refusal, Selection, same, shape, value
-from moe_fx.passes.trials import Trials, Values
+from moe_fx.passes.trials import Case, Trials, Values
 
 Shape = Literal["pairs", "experts", "experts first", "places", "ones"]
 
@@ -38,6 +41,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 _MASKS = 4
 _SECONDS = 30.0
 _AT_LEAST = 4
+_MUST_TELL = 2
 _SMALL = 1 << 20
 _ROUNDING = 1e-2  # of a base that the experts' rows are small beside
 
@@ -83,16 +87,26 @@ class Weighing:
         return weights
 
 
-def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool) -> Weighing:
-    samples = _Samples(trials, ids, body, base)
-    tolerance = _tolerance(trials)
+@dataclass(frozen=True)
+class Proof:
+    """weighing: what was found. changes: each input that is read, and the largest change of the
+    result, relative to its largest entry, when it was changed alone."""
+
+    weighing: Weighing
+    changes: dict[Node, float]
+
+
+def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool) -> Proof:
+    samples = Samples(trials, ids, body, base)
+    tolerance = samples.tolerance
     missed: tuple[float, str] | None = None
     for weighing in _weighings(trials, body):
-        miss = samples.miss(weighing, tolerance)
+        miss = samples.miss(weighing)
         if miss is None:
+            changes = changes_of(samples, weighing)
             if training:
                 _check_gradients(trials, ids, body, base, weighing, tolerance)
-            return weighing
+            return Proof(weighing, changes)
         if missed is None or samples.got_further(miss, missed):
             missed = miss
     assert missed is not None
@@ -115,30 +129,42 @@ def _weighings(trials: Trials, body: Body) -> Iterator[Weighing]:
         yield from (replace(w, mask=mask) for w in plain if w.node is not None)
 
 
-class _Samples:
+class Samples:
     """The trials, each run when a weighing first gets so far."""
 
     def __init__(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> None:
         self.trials, self.ids, self.body, self.base = trials, ids, body, base
+        self.tolerance = _tolerance(trials)
         self.started = time.perf_counter()
-        self._made: list[_Sample] = []
+        self._made: list[Sample] = []
 
-    def _each(self) -> Iterator[_Sample]:
+    def each(self) -> Iterator[tuple[Case, Sample]]:
         for at, case in enumerate(self.trials.cases):
             if at == len(self._made):
                 spent = time.perf_counter() - self.started
                 if spent > _SECONDS and at >= _AT_LEAST:
                     return
-                values = self.trials.run(case)
-                self._made.append(_Sample(self.trials, self.ids, self.body, self.base, values))
-            yield self._made[at]
+                self._made.append(self.of(self.trials.run(case)))
+            yield case, self._made[at]
 
-    def miss(self, weighing: Weighing, tolerance: float) -> tuple[float, str] | None:
+    def of(self, values: Values) -> Sample:
+        return Sample(self.trials, self.ids, self.body, self.base, values)
+
+    def miss(self, weighing: Weighing) -> tuple[float, str] | None:
         """By how much, and in which trial, ``weighing`` first misses the result."""
-        for sample, case in zip(self._each(), self.trials.cases, strict=False):
+        told = 0
+        for case, sample in self.each():
             error = sample.error(weighing)
-            if error > tolerance:
+            if error > self.tolerance:
                 return error, case.name
+            told += sample.tells
+        if told < _MUST_TELL:
+            raise Refusal(
+                f"unproved: in {told} of the trials only was the result finite and not the same "
+                "everywhere",
+                self.trials.result,
+                6,
+            )
         return None
 
     def got_further(self, miss: tuple[float, str], other: tuple[float, str]) -> bool:
@@ -206,7 +232,7 @@ def _pair_masks(trials: Trials) -> Iterator[Node]:
             yield node
 
 
-class _Sample:
+class Sample:
     """One trial, and the body's rows on its pairs."""
 
     def __init__(
@@ -224,8 +250,11 @@ class _Sample:
         self.tokens = tokens.reshape(-1, tokens.shape[-1])
         result = values[trials.result]
         self.expected = (result if base is None else result - values[base]).flatten(0, -2)
+        self.result = result.detach()
         largest = [float(x.detach().abs().max()) for x in (self.expected, result)]
         self.scale = max(largest[0], _ROUNDING * largest[1], 1e-30)
+        self.finite = all(map(math.isfinite, largest))
+        self.tells = self.finite and tells(self.expected.detach())
         self._plain: Tensor | None = None
 
     def found(self, weighing: Weighing) -> Tensor:
@@ -262,7 +291,18 @@ class _Sample:
                 values[node] = call_on_host(node, values)
         return values[body.graph.output_node().args[0]]  # type: ignore[index]
 
+    def change(self, after: Values) -> float:
+        """Of the result, relative to its largest entry; 0 if one of both shows nothing."""
+        other = after[self.trials.result].detach()
+        if not self.finite or not tells(other):
+            return 0.0
+        moved = (self.result.double() - other.double()).abs().max()
+        return float(moved / self.result.double().abs().max().clamp_min(1e-30))
+
     def error(self, weighing: Weighing) -> float:
+        """0 where the captured result shows nothing."""
+        if not self.finite:
+            return 0.0
         try:
             found = self.found(weighing)
         except (RuntimeError, IndexError) as failure:
@@ -290,7 +330,7 @@ def _check_gradients(
     """Of tokens, logits and small parameters: those of the graph and of the reading are equal."""
     with torch.enable_grad():
         values = trials.run(trials.cases[0], gradients=True)
-        sample = _Sample(trials, ids, body, base, values)
+        sample = Sample(trials, ids, body, base, values)
         if not sample.expected.requires_grad:
             return  # the layer is under torch.no_grad, as what takes its place will be
         leaves = {

@@ -1,0 +1,131 @@
+"""The power of a proof: each input that a region reads is changed alone, and its effect looked at.
+
+Contract. ``changes_of(samples, weighing)``: for each input, the largest change of the captured
+result, relative to its largest entry, that changing this input alone made, where the reading's
+result changed alike. Raises `Refusal` ("unproved") for an input whose effect was not seen: what is
+equal whatever that input holds says nothing about it.
+
+Pseudo-code::
+
+    for the inputs of one kind (the same parameter of every expert) or for one input:
+        change each alone, in one trial after the other, until the result changes by more than
+        what counts as equal, or no trial is left -> Refusal
+        all of them changed: the reading gives the captured result, or Refusal
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.roles import Refusal, shape, value
+from moe_fx.passes.trials import Case
+
+if TYPE_CHECKING:
+    from moe_fx.passes.weighing import Sample, Samples, Weighing
+
+SEEN = 3.0
+"""A change of the result counts as seen if it is so many times what counts as equal."""
+_WAYS = 2
+_LOOKED_AT = 1 << 16
+
+
+def tells(result: Tensor) -> bool:
+    """Whether an equal result could not be one by chance: finite, with more than two values (it is
+    not zero, the same everywhere, or clamped)."""
+    if not bool(result.isfinite().all()):
+        return False
+    least = min(3, result.numel())
+    return bool(result.any()) and len(result.flatten()[:_LOOKED_AT].unique()) >= least
+
+
+def changes_of(samples: Samples, weighing: Weighing) -> dict[Node, float]:
+    changes: dict[Node, float] = {}
+    for together in _alike(samples):
+        unseen = dict.fromkeys(together, 0.0)
+        checked = False
+        for case, sample in _trials(samples):
+            if not sample.tells:
+                continue
+            seen = _seen(samples, case, sample, unseen)
+            if seen and not checked:
+                _check(samples, weighing, case, sample, together)
+                checked = True
+            for group in seen:
+                changes |= dict.fromkeys(group, unseen.pop(group))
+            if not unseen:
+                break
+        if unseen:
+            group, change = next(iter(unseen.items()))
+            raise Refusal(
+                f"unproved: {group[0]} was changed alone, and the result by {change:.1e} at most, "
+                "which would not be seen",
+                samples.trials.result,
+                6,
+            )
+    return changes
+
+
+def _seen(
+    samples: Samples, case: Case, sample: Sample, unseen: dict[tuple[Node, ...], float]
+) -> list[tuple[Node, ...]]:
+    """Those of ``unseen`` whose effect is seen in this trial; ``unseen`` has their changes."""
+    found = []
+    for group in unseen:
+        for again in range(1, 1 + _WAYS):
+            after = samples.trials.rerun(case, sample.values, group, again)
+            unseen[group] = max(unseen[group], sample.change(after))
+            if unseen[group] > SEEN * samples.tolerance:
+                found.append(group)
+                break
+    return found
+
+
+def _check(
+    samples: Samples,
+    weighing: Weighing,
+    case: Case,
+    sample: Sample,
+    together: list[tuple[Node, ...]],
+) -> None:
+    nodes = [node for group in together for node in group]
+    for again in range(1, 1 + _WAYS):
+        after = samples.of(samples.trials.rerun(case, sample.values, nodes, again))
+        error = after.error(weighing)
+        if error > samples.tolerance:
+            raise Refusal(
+                f"with other values of {nodes[0]} alone the result is not the weighted sum of the "
+                f"experts' rows: relative difference {error:.1e}",
+                samples.trials.result,
+                6,
+            )
+
+
+def _trials(samples: Samples) -> Iterator[tuple[Case, Sample]]:
+    yield from samples.each()
+    for case in samples.trials.turns:
+        yield case, samples.of(samples.trials.run(case))
+
+
+def _alike(samples: Samples) -> list[list[tuple[Node, ...]]]:
+    """The groups of inputs to change alone. Parameters that every expert has one of are checked
+    together, as there may be hundreds."""
+    trials = samples.trials
+    kinds: dict[Any, list[tuple[Node, ...]]] = defaultdict(list)
+    for group in trials.perturbed:
+        (node, *_), val = group, value(group[0])
+        alike: Any = node
+        if isinstance(val, Tensor) and trials.around.what(node) == "parameter":
+            alike = (val.dtype, str(shape(node)))
+        kinds[alike].append(group)
+    found: list[list[tuple[Node, ...]]] = []
+    for groups in kinds.values():
+        if len(groups) >= max(2, trials.selection.num_experts):
+            found.append(groups)
+        else:
+            found += [[group] for group in groups]
+    return found
