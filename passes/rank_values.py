@@ -27,7 +27,7 @@ from moe_fx.region import Region
 aten = torch.ops.aten
 
 RANDOM, REPEATED, AT_CAPTURE = "random routing", "repeated experts", "the values at capture"
-_OF_INPUT, _OF_RANK, _OF_CHANGE = 1009, 31, 101  # steps of the seed
+_OF_INPUT, _OF_RANK = 1009, 31  # steps of the seed
 
 
 def kind_of_input(alone: Extract, region: Region, at: int) -> str:
@@ -115,30 +115,31 @@ class RankValues:
     def _value(self, at: int, rank: int, routing: str, again: int) -> Any:
         original, count = self.alone.inputs[at], self.counts[rank]
         node, parts = self.alone.copies[original], self.region.parts
-        seed = _OF_INPUT * (at + 1) + _OF_CHANGE * again
+        seed = _OF_INPUT * (at + 1)
         own = routing == AT_CAPTURE and not again
         if node is parts.ids:
-            ids = self._ids(routing, count.wanted, seed + _OF_RANK * rank, again)
+            ids = self._ids(routing, count.wanted, seed + _OF_RANK * rank + again, again)
             return ids.contiguous().to(value(node).dtype)
         varies = isinstance(parts.roles.get(node), PerToken)
         if varies or node in (parts.tokens, parts.weights):
             seed += _OF_RANK * rank + len(routing)
-            return example(original, count, seed, per_token=True, own=own)
+            return example(original, count, seed, per_token=True, again=again, own=own)
         if not isinstance(value(original), Tensor):
-            return example(original, count, seed, own=own)
+            return example(original, count, seed, again=again, own=own)
         if (at, again, own) not in self._common:
-            self._common[at, again, own] = self._whole(original, node, seed, own)
+            self._common[at, again, own] = self._whole(original, node, seed, again, own)
         whole = self._common[at, again, own]
         sharded = any(node is gather.shard for gather in parts.gathers)
         return whole[rank] if sharded else whole
 
-    def _whole(self, original: Node, node: Node, seed: int, own: bool) -> Any:
+    def _whole(self, original: Node, node: Node, seed: int, again: int, own: bool) -> Any:
         """What every rank has in common; of shards, the tuple of all ranks'."""
         sizes = [concrete(size) for size in shape(original)]
         if not any(node is gather.shard for gather in self.region.parts.gathers):
-            return drawn(original, sizes, seed, own=own, weight=True)
+            return drawn(original, sizes, seed, again=again, own=own, weight=True)
         world = self.plan.world_size
-        return drawn(original, [sizes[0] * world, *sizes[1:]], seed, weight=True).chunk(world)
+        sizes[0] *= world
+        return drawn(original, sizes, seed, again=again, weight=True).chunk(world)
 
     def _ids(self, routing: str, num_tokens: int, seed: int, again: int) -> Tensor:
         """``[T, K]``."""

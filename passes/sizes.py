@@ -76,7 +76,13 @@ def concrete(size: Any) -> int:
 
 
 def example(
-    node: Node, tokens: TokenCount, seed: int, *, per_token: bool = False, own: bool = False
+    node: Node,
+    tokens: TokenCount,
+    seed: int,
+    *,
+    per_token: bool = False,
+    again: int = 0,
+    own: bool = False,
 ) -> Any:
     """A value that is typical of what ``node`` stands for (`typical.py`). ``per_token``: its first
     dim counts tokens or rows."""
@@ -87,4 +93,4 @@ def example(
     if isinstance(val, Tensor):
         leading = [tokens.size(val.shape[0])] if per_token else []
         sizes = leading + [concrete(size) for size in val.shape[len(leading) :]]
-    return drawn(node, sizes, seed, own=own)
+    return drawn(node, sizes, seed, again=again, own=own)

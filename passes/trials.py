@@ -29,7 +29,7 @@ from moe_fx.passes.uses import reads_values
 
 _UNKNOWN = 6  # what stands for a size of which nothing is known
 _MOST_TOKENS = 2048
-_SEEDS, _FIXED, _AGAIN = 1009, 7, 101  # of an input, of a parameter in every case, of a change
+_SEEDS, _FIXED = 1009, 7  # of an input; of a parameter, in every case
 
 Values = dict[Node, Any]
 
@@ -187,12 +187,13 @@ class Trials:
         is_token = node in self.tokens
         at = self.inputs.index(first if is_token and first in self.inputs else node)
         fixed = self.around.what(node) == "parameter" and node not in self.around.logits
-        seed = _SEEDS * (at + 1) + (_FIXED if fixed else case.seed) + again * _AGAIN
+        seed = _SEEDS * (at + 1) + (_FIXED if fixed else case.seed)
         if node in self.around.logits:
-            return self._logits(node, case, numbers, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed + again)
+            return self._logits(node, case, numbers, generator)
         if is_token and first is not node and first in self.inputs:
             return self._drawn(first, case, again).reshape(sizes)
-        return drawn(node, sizes, seed, own=case.own, weight=not is_token)
+        return drawn(node, sizes, seed, again=again, own=case.own, weight=not is_token)
 
     def _sizes(self, case: Case) -> dict[Any, int]:
         if not case.more_tokens:

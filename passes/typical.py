@@ -9,7 +9,8 @@ for all rows, by the choice of values alone:
   quantised weights and packed bits over the range of their dtype, others a few small numbers, and
   what they are compared with among them;
 - floats are normal; where they divide, scale or are rooted, positive and away from 0 and 1;
-- a scalar is another number for each seed;
+- a scalar is what it was when the graph was captured, and when it is changed much less or more: it
+  may be a limit that values seldom reach;
 - a constant of the graph is what it is, and what is known of an input when the graph was captured
   (``meta["real"]``: of integers, bools and masks) is drawn from: its own entries, in another order.
 """
@@ -32,7 +33,8 @@ Kind = Literal["bools", "integers", "floats", "scalar", "constant", "size"]
 _DENSE_LIMIT = 1 << 20
 _STEP = 257
 _SCALAR = 1.5
-_FACTORS = (0.6, 1.4, 0.75, 1.7, 0.45, 1.25)
+_AGAIN = 101
+_FACTORS = (1.0, 0.06, 3.0)
 _LARGEST = 1 << 62
 
 
@@ -59,14 +61,21 @@ def scalar(node: Node) -> float:
 
 
 def drawn(
-    node: Node, sizes: Sequence[int], seed: int, *, own: bool = False, weight: bool = False
+    node: Node,
+    sizes: Sequence[int],
+    seed: int,
+    *,
+    again: int = 0,
+    own: bool = False,
+    weight: bool = False,
 ) -> Any:
-    """A value for what ``node`` stands for; ``sizes``: of a tensor. own: what is known of it as it
-    was when the graph was captured, where the sizes are those. weight: if it is a matrix that
+    """A value for what ``node`` stands for; ``sizes``: of a tensor. again: not 0 for another value
+    than that, with ``seed``. own: what is known of it as it was when the graph was captured, where
+    the sizes are those. weight: if it is a matrix that
     takes part in a matmul, such that products are as large as what it multiplies."""
     val = value(node)
     if isinstance(val, torch.SymFloat):
-        return scalar(node) if own else _scalar(node, seed)
+        return _scalar(node, again)
     if not isinstance(val, Tensor):
         return val
     if node.op == "get_attr":
@@ -74,10 +83,10 @@ def drawn(
     real = node.meta.get("real")
     if own and real is not None and list(real.shape) == list(sizes):
         return real.clone()
+    seed += _AGAIN * again
     generator = torch.Generator().manual_seed(seed)
     if val.dim() == 0 and val.is_floating_point():
-        number = scalar(node) if own else _scalar(node, seed)
-        return torch.tensor(number, dtype=val.dtype)
+        return torch.tensor(_scalar(node, again), dtype=val.dtype)
     if real is not None and len(real.unique()) > 1:
         return _reordered(real, sizes, generator)
     uses = uses_of(node)
@@ -118,8 +127,8 @@ def _windows(sizes: list[int], base_of: Any) -> Tensor:
     return windows
 
 
-def _scalar(node: Node, seed: int) -> float:
-    return scalar(node) * _FACTORS[seed % len(_FACTORS)] or _FACTORS[seed % len(_FACTORS)]
+def _scalar(node: Node, again: int) -> float:
+    return (scalar(node) or (_SCALAR if again else 0.0)) * _FACTORS[again % len(_FACTORS)]
 
 
 def constant_of(node: Node) -> Any:

@@ -123,8 +123,9 @@ _SHAPES_ONLY = (
 @dataclass
 class Uses:
     """below: entries index a dim of so many. compared: numbers that entries are compared with.
-    multiplied: they take part in a matmul. bits: entries are taken apart. positive: roots are taken of them, or they divide. scales: the
-    largest number that the integers they multiply can hold, if they do."""
+    multiplied: they take part in a matmul. bits: entries are taken apart. positive: roots are taken
+    of them, or they divide. scales: the largest number that the integers they multiply can hold, if
+    they do."""
 
     below: int | None = None
     compared: set[float] = field(default_factory=set)

@@ -16,7 +16,6 @@ from moe_fx import passes
 from moe_fx.options import Options
 from moe_fx.passes import gradients, verify
 from moe_fx.passes.extract import extract_region
-from moe_fx.region import Verification
 from moe_fx.report import Report
 from tests.passes.graphs import block, rewritten, tokens
 from tests.passes.test_verify import Emit, case_of, plant
@@ -144,7 +143,7 @@ def test_a_layer_without_derivative_is_declined() -> None:
     alone, region = extract_region(context.regions[0])
     (silu,) = alone.module.graph.find_nodes(op="call_function", target=aten.silu.default)
     silu.target = refusing
-    assert isinstance(verify.difference(alone, region, plan), Verification)
+    assert isinstance(verify.difference(alone, region, plan), verify.Verified)
     reason = verify.difference(alone, region, plan, frozenset())
     assert isinstance(reason, str)
     assert reason.startswith("the layer cannot be differentiated with random routing: ")

@@ -16,8 +16,14 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.fx import Node
 
+from moe_fx import passes
+from moe_fx.options import Options
 from moe_fx.passes import emitter as emitting
 from moe_fx.passes import verify
+from moe_fx.passes.extract import extract_region
+from moe_fx.passes.rank_values import RankValues
+from moe_fx.plan import ExchangePlan
+from moe_fx.report import Report
 from tests.models import build, token_ids
 from tests.passes.graphs import (
     Captured,
@@ -319,10 +325,14 @@ def _first_expert_has_one(ids: Tensor, num_experts: int) -> Tensor:
 def test_an_expert_comes_up_twice_only_where_the_router_may_do_that(
     case: Captured, distinct: bool
 ) -> None:
-    (region,) = rewritten(case.module)[1].regions
+    context = passes.Context(Options(), Report())
+    passes.run(case.module, context, passes.for_ranks(1, passes=passes.ANALYSIS))
+    (region,) = context.regions
     region = replace(region, parts=replace(region.parts, distinct=distinct))
-    routings = verify._routings(region, torch.Generator().manual_seed(0))
-    drawn = torch.cat([routing(9) for routing in routings.values()])
+    alone, extracted = extract_region(region)
+    values = RankValues(alone, extracted, ExchangePlan("local", 8, 8), num_tokens=9)
+    at = [alone.copies[node] for node in alone.inputs].index(extracted.parts.ids)
+    drawn = torch.cat([values.inputs(routing)[0][at] for routing in values.routings])
     assert drawn.shape[1] == region.top_k
     assert set(drawn.unique().tolist()) <= set(range(region.num_experts))
     ids = drawn.sort(1).values
