@@ -31,6 +31,7 @@ from moe_fx.passes.roles import (
     Refusal,
     Selection,
     argument,
+    same,
     shape,
     tensor_inputs,
     value,
@@ -257,7 +258,8 @@ def _take_out(selection: Selection, parts: Parts) -> _Captured:
     biases = [n for n in per_expert if n not in scales]
     scalars = [n for n in leaves if value(n).numel() == 1 and n not in per_expert]
     num_tokens, k, experts = selection.num_tokens, selection.top_k, selection.num_experts
-    if len(selection.lead) == 1:
+    fixed = [n for n in alone.inputs if n not in (logits, selection.node) and _leads(n, num_tokens)]
+    if len(selection.lead) == 1 and not fixed:
         tokens = choose_token_count(num_tokens, k, experts, _NUM_TOKENS)
     else:
         tokens = TokenCount(num_tokens, k, concrete(num_tokens))
@@ -274,6 +276,11 @@ def _take_out(selection: Selection, parts: Parts) -> _Captured:
         groups=_groups(selection, inner),
         has_weights=parts.weights is not None,
     )
+
+
+def _leads(node: Node, size: Any) -> bool:
+    """Whether the first dim of ``node`` is of this size: a mask of the tokens, it may be."""
+    return bool(shape(node)) and same(shape(node)[0], size)
 
 
 def _between(selection: Selection, parts: Parts) -> tuple[Node, list[Node]]:

@@ -256,11 +256,19 @@ def _logits(selection: Selection) -> list[Node]:
         if node.target in _SCORES:
             found[node] = None
         elif node.op != "call_function":
-            if shape(node) and _leads(shape(node), selection):
+            if _may_be_scores(node, selection):
                 found[node] = None
         else:
             stack += tensor_inputs(node)
     return list(found)
+
+
+def _may_be_scores(node: Node, selection: Selection) -> bool:
+    """Whether an input of the graph may hold a score per token and expert: no mask of tokens."""
+    dims, val = shape(node), value(node)
+    if len(dims) < 2 or same(dims[-1], 1) or not val.dtype.is_floating_point:
+        return False
+    return _leads(dims, selection)
 
 
 def inner_selectors(selection: Selection) -> list[Node]:
