@@ -48,6 +48,7 @@ from moe_fx.passes.selectors import (
     is_selector,
     keep_dim,
 )
+from moe_fx.passes.typical import constant_of
 
 aten = torch.ops.aten
 
@@ -153,6 +154,23 @@ def select(anchor: Anchor) -> Selection:
     )
 
 
+def holds_selected(ids: Node, selection: Selection) -> bool:
+    """Whether the entries of ``ids`` are indices that were selected, untouched."""
+    stack = [ids]
+    while stack:
+        node = stack.pop()
+        if node in selection.selectors:
+            continue
+        if node.target is operator.getitem and node.args[0] in selection.selectors:
+            if node.args[1] != 1:
+                return False
+            continue
+        if node.target not in _EXACT:
+            return False
+        stack += tensor_inputs(node)
+    return True
+
+
 def _looked_up(anchor: Anchor) -> Selection:
     """Experts given from outside: by a table of token ids, or as an input of the model."""
     node = anchor.node
@@ -161,6 +179,7 @@ def _looked_up(anchor: Anchor) -> Selection:
     k = _selected(anchor)
     if anchor.experts is None or not isinstance(k, int):
         raise Refusal("the graph does not say how many experts the ids are of", node)
+    _check_known_ids(node, anchor.experts)
     lead = dims[:-1] if looked_up and len(dims) > 1 else dims
     return Selection(
         node,
@@ -173,6 +192,25 @@ def _looked_up(anchor: Anchor) -> Selection:
         distinct=k == 1,
         looked_up=True,
     )
+
+
+def _check_known_ids(node: Node, experts: int) -> None:
+    """Where the ids, or the table that they are looked up in, are known: they must be experts'."""
+    table: Any = node.args[LOOKUPS[node.target][0]] if is_lookup_of_ids(node) else node
+    while isinstance(table, Node) and table.target in ELEMENTWISE_COPIES:
+        table = table.args[0]
+    known = constant_of(table) if table.op == "get_attr" else table.meta.get("real")
+    if (
+        known is not None
+        and known.numel()
+        and not 0 <= int(known.min()) <= int(known.max()) < experts
+    ):
+        raise Refusal(
+            f"{table} holds ids from {int(known.min())} to {int(known.max())}, and there are "
+            f"{experts} experts",
+            node,
+            5,
+        )
 
 
 def _selected(anchor: Anchor) -> Any:

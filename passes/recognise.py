@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
-from moe_fx.passes.anchors import Anchor, find_anchors, select
+from moe_fx.passes.anchors import Anchor, find_anchors, holds_selected, select
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
@@ -114,6 +114,9 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
+    if not holds_selected(parts.ids, selection):
+        selection = replace(selection, exact=False)
+        parts = replace(parts, distinct=selection.top_k == 1)
     router, gate = recognise_router(selection, parts, routers)
     parts = replace(parts, gate=gate)
     return Region(

@@ -172,7 +172,7 @@ class Trials:
                 values[node] = made.detach() if node in cut and isinstance(made, Tensor) else made
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise Refusal(
-                f"could not be run with {case.name}: {type(error).__name__}: {error}", node, 4
+                f"could not be run with {case.name}: {type(error).__name__}: {error}", node, 5
             ) from None
 
     def _drawn(self, node: Node, case: Case, again: int = 0) -> Any:

@@ -9,8 +9,8 @@ for all rows, by the choice of values alone:
   quantised weights and packed bits over the range of their dtype, others a few small numbers, and
   what they are compared with among them;
 - floats are normal; where they divide, scale or are rooted, positive and away from 0 and 1;
-- a scalar is what it was when the graph was captured, and when it is changed much less or more: it
-  may be a limit that values seldom reach;
+- a scalar is what it was when the graph was captured; a changed float is much less or more, since
+  it may be a limit that values seldom reach;
 - a constant of the graph is what it is, and what is known of an input when the graph was captured
   (``meta["real"]``: of integers, bools and masks) is drawn from: its own entries, in another order.
 """
@@ -87,6 +87,8 @@ def drawn(
     generator = torch.Generator().manual_seed(seed)
     if val.dim() == 0 and val.is_floating_point():
         return torch.tensor(_scalar(node, again), dtype=val.dtype)
+    if real is not None and val.dim() == 0:
+        return real.clone() if not again else _another(real, again)
     if real is not None and len(real.unique()) > 1:
         return _reordered(real, sizes, generator)
     uses = uses_of(node)
@@ -129,6 +131,15 @@ def _windows(sizes: list[int], base_of: Any) -> Tensor:
 
 def _scalar(node: Node, again: int) -> float:
     return (scalar(node) or (_SCALAR if again else 0.0)) * _FACTORS[again % len(_FACTORS)]
+
+
+def _another(real: Tensor, again: int) -> Tensor:
+    """Of one integer or bool."""
+    if real.dtype == torch.bool:
+        return ~real
+    number = int(real)
+    others = [n for n in (number // 2, number + 1, number + 2) if n != number]
+    return torch.tensor(others[again % len(others)], dtype=real.dtype)
 
 
 def constant_of(node: Node) -> Any:
