@@ -1,8 +1,7 @@
-"""MoE layers as functions of their tensors: four ways to bring rows to experts, and the places where
-a mask, a map or another form of the weights can enter.
+"""MoE layers as functions of their tensors, in four ways to bring rows to experts, and what becomes
+of one on values of its inputs other than those it was captured with.
 
-``layer(spelling)`` takes what `Hooks` makes of ids, weights, tokens, tables and the result. Sizes
-are such that no two of them are equal by chance.
+Sizes are such that no two of them are equal by chance.
 """
 
 from __future__ import annotations
@@ -122,10 +121,10 @@ def outcome(
                         for at, value in zip(order, case.inputs, strict=True)
                     ]
                 )
-            if world > 1:  # all but the tokens is the same on every rank
-                inputs = [
-                    [v if at == 0 else inputs[0][i] for i, (at, v) in enumerate(zip(order, row))]
-                    for row in inputs
+            for row in inputs[1:]:  # all but the tokens is the same on every rank
+                row[:] = [
+                    value if at == 0 else first
+                    for at, value, first in zip(order, row, inputs[0], strict=True)
                 ]
             expected = [case.module(*values) for values in inputs]
             try:
