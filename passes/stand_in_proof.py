@@ -1,9 +1,9 @@
 """That a stand-in gives what the exchange gives: both run for every rank, in lock step, on random
-values."""
+values, and with each input changed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from moe_fx.passes.dispatcher_way import DispatcherWay
 from moe_fx.passes.extract import Extract, extract, structure
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
+from moe_fx.passes.power import SEEN, tells
 from moe_fx.passes.roles import Refusal, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
-from moe_fx.passes.typical import drawn
+from moe_fx.passes.typical import drawn, kind_of
+from moe_fx.passes.uses import reads_values
 
 ops = torch.ops.moe_fx
 
@@ -42,16 +44,33 @@ def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> 
         )
         for rank in range(found.world)
     ]
-    shared: dict[Node, Any] = {}
-    per_rank = [
-        _values(found, stand_in, (*captured.inputs, *standing.inputs), shared, count, seed)
-        for seed, count in enumerate(tried)
-    ]
-    results = []
-    for side, modules in (
+    sides = (
         (captured, [_of_rank(found, captured, rank) for rank in range(found.world)]),
         (standing, [standing.module] * found.world),
-    ):
+    )
+    inputs = tuple(dict.fromkeys((*captured.inputs, *standing.inputs)))
+    before = _equal_results(found, stand_in, sides, tried, _values(found, stand_in, inputs, tried))
+    for node in inputs:
+        if kind_of(node) in ("size", "constant") or not any(map(reads_values, node.users)):
+            continue
+        changed = _values(found, stand_in, inputs, tried, node)
+        after = _equal_results(found, stand_in, sides, tried, changed)
+        if not any(_distance(a, b) > SEEN * _tolerance(found) for a, b in _telling(before, after)):
+            reason = f"unproved: {node} was changed alone, and no change of the result was seen"
+            raise Refusal(reason, found.end)
+    proved.add(pair)
+
+
+def _equal_results(
+    found: DispatcherWay,
+    stand_in: StandIn,
+    sides: Sequence[tuple[Extract, list[GraphModule]]],
+    tried: list[TokenCount],
+    per_rank: list[dict[Node, Any]],
+) -> list[Tensor]:
+    """The result by rank; raises `Refusal` unless both sides give it."""
+    results = []
+    for side, modules in sides:
         inputs = [[values[node] for node in side.inputs] for values in per_rank]
         try:
             results.append(
@@ -65,43 +84,60 @@ def require_equal(found: DispatcherWay, stand_in: StandIn, proved: set[str]) -> 
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             reason = f"could not be compared with gathered experts: {error}"
             raise Refusal(reason, found.end) from error
-    coarse = value(found.tokens).dtype in (torch.float16, torch.bfloat16)
     for (left,), (right,) in zip(*results, strict=True):
-        distance = (left.double() - right.double()).abs().max() if left.numel() else 0.0
-        scale = left.abs().max().clamp(min=1e-6) if left.numel() else 1.0
-        if not distance <= scale * (_COARSE_TOLERANCE if coarse else _TOLERANCE):
+        if not _distance(left, right) <= _tolerance(found):
             raise Refusal("with the experts of all ranks the result is another", found.end)
-    proved.add(pair)
+    return [left for (left,) in results[0]]
+
+
+def _tolerance(found: DispatcherWay) -> float:
+    coarse = value(found.tokens).dtype in (torch.float16, torch.bfloat16)
+    return _COARSE_TOLERANCE if coarse else _TOLERANCE
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    if not left.numel():
+        return 0.0
+    return float((left.double() - right.double()).abs().max() / left.abs().max().clamp(min=1e-6))
+
+
+def _telling(before: list[Tensor], after: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((a, b) for a, b in zip(before, after, strict=True) if tells(a) and tells(b))
 
 
 def _values(
     found: DispatcherWay,
     stand_in: StandIn,
-    inputs: tuple[Node, ...],
-    shared: dict[Node, Any],
-    count: TokenCount,
-    seed: int,
-) -> dict[Node, Any]:
-    """By input of either graph: tokens and tables of a rank's own, all else in common."""
-    values: dict[Node, Any] = {}
-    for at, node in enumerate(dict.fromkeys(inputs)):
-        own_seed = _STEP * (at + 1) + seed
-        if node is found.ids:
-            generator = torch.Generator().manual_seed(own_seed)
-            scores = torch.rand(count.wanted, found.num_experts, generator=generator)
-            values[node] = scores.argsort(1)[:, : found.top_k].contiguous().to(value(node).dtype)
-        elif node in found.inputs:
-            values[node] = example(node, count, own_seed, per_token=True)
-        elif node in stand_in.shards:
-            sizes = [concrete(size) for size in shape(node)]
-            values[node] = drawn(node, sizes, own_seed, weight=True)
-        elif isinstance(value(node), Tensor):
-            if node not in shared:
-                shared[node] = example(node, count, own_seed)
-            values[node] = shared[node]
-        else:
-            values[node] = example(node, count, own_seed)
-    return values
+    inputs: Sequence[Node],
+    tried: Sequence[TokenCount],
+    changed: Node | None = None,
+) -> list[dict[Node, Any]]:
+    """By rank and input of either graph: tokens and tables of a rank's own, all else in common.
+    changed: the input that gets another value."""
+    shared: dict[Node, Any] = {}
+    per_rank = []
+    for rank, count in enumerate(tried):
+        values: dict[Node, Any] = {}
+        for at, node in enumerate(inputs):
+            again, seed = int(node is changed), _STEP * (at + 1) + rank
+            if node is found.ids:
+                generator = torch.Generator().manual_seed(seed + again * _STEP // 2)
+                scores = torch.rand(count.wanted, found.num_experts, generator=generator)
+                ids = scores.argsort(1)[:, : found.top_k]
+                values[node] = ids.contiguous().to(value(node).dtype)
+            elif node in found.inputs:
+                values[node] = example(node, count, seed, per_token=True, again=again)
+            elif node in stand_in.shards:
+                sizes = [concrete(size) for size in shape(node)]
+                values[node] = drawn(node, sizes, seed, again=again, weight=True)
+            elif isinstance(value(node), Tensor):
+                if node not in shared:
+                    shared[node] = example(node, count, seed, again=again)
+                values[node] = shared[node]
+            else:
+                values[node] = example(node, count, seed, again=again)
+        per_rank.append(values)
+    return per_rank
 
 
 def _of_rank(found: DispatcherWay, captured: Extract, rank: int) -> GraphModule:
