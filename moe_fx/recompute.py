@@ -1,0 +1,103 @@
+"""What a checkpointed body computes again in backward, and what it keeps from forward.
+
+Everything is computed again but for what decides where rows go: the selected experts, the counts
+that ranks told each other, the sizes on the host. They are small. Were they computed again, a
+selection that is a tie but for rounding could come out otherwise in backward, and rows would travel
+by the counts of another routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from moe_fx.compat import SelectiveForward, is_traced
+from moe_fx.ops._define import define
+from moe_fx.sources import SOURCES
+
+ops = torch.ops.moe_fx
+
+_CONTEXT = "_checkpoint_context_fn"
+"""Where torch finds, in the ``meta`` of a body, the ``context_fn`` of the checkpoint."""
+
+
+def keep_routing(body: GraphModule, given: Callable[[], Any] | None) -> None:
+    """Let a checkpoint of ``body`` keep its routing, besides what ``given``, the model's own
+    ``context_fn``, says."""
+    body.meta[_CONTEXT] = _Contexts(given)
+
+
+def given_contexts(body: GraphModule) -> Callable[[], Any] | None:
+    """The ``context_fn`` that the model gave for this checkpoint."""
+    return body.meta.get(_CONTEXT)
+
+
+def remember(ids: Node) -> Node:
+    """Make every reader of ``ids`` read those of the forward, in backward too."""
+    with ids.graph.inserting_after(ids):
+        remembered = ids.graph.call_function(ops.remember.default, (ids,))
+    remembered.meta = dict(ids.meta)
+    ids.replace_all_uses_with(
+        remembered, delete_user_cb=lambda user: user is not remembered, propagate_meta=False
+    )
+    return remembered
+
+
+class _Contexts:
+    """The ``context_fn``: it makes the two contexts in which forward and recomputation run."""
+
+    def __init__(self, given: Callable[[], Any] | None) -> None:
+        self.given = given
+        # AOT's cache asks for it; a context_fn of the model's that has none is not cached.
+        if given is None or hasattr(given, "cache_hash"):
+            self.cache_hash = f"moe_fx {SOURCES} {getattr(given, 'cache_hash', '')}"
+
+    def __call__(self) -> Any:
+        if self.given is None:
+            return create_selective_checkpoint_contexts(_policy)
+        forward, again = self.given()
+        if isinstance(forward, SelectiveForward):
+            forward.policy_fn = partial(_policy, given=forward.policy_fn)
+        return forward, again
+
+
+def _policy(
+    context: Any, op: Any, *args: Any, given: Callable[..., Any] | None = None, **kwargs: Any
+) -> Any:
+    if op in _KEPT or (_draws(op) and not is_traced()):
+        return CheckpointPolicy.MUST_SAVE
+    if given is None:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return given(context, op, *args, **kwargs)
+
+
+def _draws(op: Any) -> bool:
+    """Compilers draw a body's random numbers anew from the state that they noted; what runs as it
+    is would draw others."""
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+def _remember(ids: Tensor) -> Tensor:
+    return ids.clone()
+
+
+define("remember(Tensor ids) -> Tensor", _remember, _remember)
+
+_KEPT = frozenset(
+    (
+        torch.ops.aten.topk.default,
+        ops.remember.default,
+        ops.exchange_counts.default,
+        ops.gather_counts.default,
+        ops.split_sizes.default,
+        ops.checked_sizes.default,
+        ops.cut_rows.default,
+        ops.even_sizes.default,
+    )
+)
