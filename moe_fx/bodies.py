@@ -110,9 +110,7 @@ class _Opener:
                 values[node] = self._copy(module, node, values, path)
         raise AssertionError("a graph without output")
 
-    def _open(
-        self, module: GraphModule, node: Node, values: dict[Node, Any], path: Path
-    ) -> None:
+    def _open(self, module: GraphModule, node: Node, values: dict[Node, Any], path: Path) -> None:
         body = _body(node, module)
         own = (*path, next(_numbers))
         self.bodies[own] = Body(dict(node.kwargs), given_contexts(body), dict(node.meta))
@@ -122,9 +120,7 @@ class _Opener:
         for user in node.users:
             values[user] = results[user.args[1]]
 
-    def _copy(
-        self, module: GraphModule, node: Node, values: dict[Node, Any], path: Path
-    ) -> Node:
+    def _copy(self, module: GraphModule, node: Node, values: dict[Node, Any], path: Path) -> Node:
         copy = self.graph.node_copy(node, values.__getitem__)
         if node.op in ("get_attr", "call_module"):
             name = str(node.target)

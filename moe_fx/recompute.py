@@ -9,6 +9,7 @@ by the counts of another routing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -60,27 +61,57 @@ class _Contexts:
 
     def __call__(self) -> Any:
         if self.given is None:
-            return create_selective_checkpoint_contexts(_policy)
-        forward, again = self.given()
-        if isinstance(forward, SelectiveForward):
-            forward.policy_fn = partial(_policy, given=forward.policy_fn)
-        return forward, again
+            forward, again = create_selective_checkpoint_contexts(_policy)
+        else:
+            forward, again = self.given()
+            if isinstance(forward, SelectiveForward):
+                forward.policy_fn = partial(_policy, given=forward.policy_fn)
+        return forward, again if is_traced() else _Again(again)
+
+
+class _Again:
+    """The context ``own``, with the random numbers drawn that were drawn when this was made.
+
+    For a body that runs as it is: torch lets compilers see to that, and them alone.
+    """
+
+    def __init__(self, own: AbstractContextManager[Any]) -> None:
+        self.own = own
+        self.states = [(read_write, read_write[0]()) for read_write in _generators()]
+
+    def __enter__(self) -> None:
+        self.interrupted = [(write, read()) for (read, write), _ in self.states]
+        for (_, write), state in self.states:
+            write(state)
+        self.own.__enter__()
+
+    def __exit__(self, *raised: Any) -> Any:
+        try:
+            return self.own.__exit__(*raised)
+        finally:
+            for write, state in self.interrupted:
+                write(state)
+
+
+def _generators() -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """How the state of each default generator in use is read and written."""
+    found = [(torch.get_rng_state, torch.set_rng_state)]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        if module.is_initialized():
+            found.append((module.get_rng_state, module.set_rng_state))
+    return found
 
 
 def _policy(
     context: Any, op: Any, *args: Any, given: Callable[..., Any] | None = None, **kwargs: Any
 ) -> Any:
-    if op in _KEPT or (_draws(op) and not is_traced()):
+    if op in _KEPT:
         return CheckpointPolicy.MUST_SAVE
     if given is None:
         return CheckpointPolicy.PREFER_RECOMPUTE
     return given(context, op, *args, **kwargs)
-
-
-def _draws(op: Any) -> bool:
-    """Compilers draw a body's random numbers anew from the state that they noted; what runs as it
-    is would draw others."""
-    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
 def _remember(ids: Tensor) -> Tensor:
