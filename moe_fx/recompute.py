@@ -77,31 +77,37 @@ class _Again:
 
     def __init__(self, own: AbstractContextManager[Any]) -> None:
         self.own = own
-        self.states = [(read_write, read_write[0]()) for read_write in _generators()]
+        self.generators = _generators()
+        self.states = _states(self.generators)
 
     def __enter__(self) -> None:
-        self.interrupted = [(write, read()) for (read, write), _ in self.states]
-        for (_, write), state in self.states:
-            write(state)
+        self.interrupted = _states(self.generators)
+        _set_states(self.generators, self.states)
         self.own.__enter__()
 
     def __exit__(self, *raised: Any) -> Any:
         try:
             return self.own.__exit__(*raised)
         finally:
-            for write, state in self.interrupted:
-                write(state)
+            _set_states(self.generators, self.interrupted)
 
 
-def _generators() -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """How the state of each default generator in use is read and written."""
-    found = [(torch.get_rng_state, torch.set_rng_state)]
+def _generators() -> list[Any]:
+    """The modules whose default generators are in use."""
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None:
-        module = torch.get_device_module(accelerator)
-        if module.is_initialized():
-            found.append((module.get_rng_state, module.set_rng_state))
-    return found
+    if accelerator is None:
+        return [torch]
+    device = torch.get_device_module(accelerator)
+    return [torch, device] if device.is_initialized() else [torch]
+
+
+def _states(generators: list[Any]) -> list[Tensor]:
+    return [module.get_rng_state() for module in generators]
+
+
+def _set_states(generators: list[Any], states: list[Tensor]) -> None:
+    for module, state in zip(generators, states, strict=True):
+        module.set_rng_state(state)
 
 
 def _policy(
