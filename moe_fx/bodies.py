@@ -64,10 +64,13 @@ def path_of(node: Node) -> Path:
 
 
 def note_outside(module: GraphModule) -> None:
-    """Note of every op that belongs to no body that it does not: the passes add others."""
-    for node in module.graph.nodes:
-        if node.op == "call_function" and not _is_noted(node):
-            _note(node, ())
+    """Note of every op that belongs to no body that it does not: the passes add others. Nothing to
+    note where there are no bodies."""
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    if any(map(_is_noted, calls)):
+        for node in calls:
+            if not _is_noted(node):
+                _note(node, ())
 
 
 def close_bodies(
