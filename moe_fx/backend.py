@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ascend.compile import compile_lowered, lowers
+from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
@@ -65,18 +66,19 @@ def rewrite(
 ) -> tuple[Localised, GraphModule, set[str]]:
     """``module`` without DTensors, the expert-parallel graph of it, or itself, untouched, if no
     region was accepted, and the groups that it exchanged tokens over as it came."""
-    local = Localised(module, tuple(example_inputs), frozenset())
+    untouched = Localised(module, tuple(example_inputs), frozenset())
     groups: set[str] = set()
     if not may_select_experts(module):
         report.graphs += 1
-        return local, module, groups
+        return untouched, module, groups
     try:
-        local = localise(module, example_inputs)
+        opened, bodies = open_bodies(module)
+        local = localise(opened, example_inputs)
         captured = capture(local.module, local.inputs)
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return local, local.module, groups
+        return untouched, module, groups
     lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
@@ -88,8 +90,15 @@ def rewrite(
         fuses_routers=lowered,
     )
     later = options.base in ORDERS_LATER or lowered
-    result = passes.run(captured, context, passes.pipeline(later))
-    return local, local.module if result is captured else result, groups
+    result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
+    if result is captured:
+        return untouched, module, groups
+    if bodies:
+        graphs = close_bodies(result, bodies, [region.parts.ids for region in context.regions])
+        if not later:
+            for graph in graphs:
+                passes.Overlap()(graph, context)
+    return local, result, groups
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moe_fx.bodies import note_outside, path_of
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
 from moe_fx.outline import enters_a_level
+from moe_fx.passes.gathers import merge_gathers
 from moe_fx.region import Declined, source_of
 
 _MOST_KEPT = 1 << 16
@@ -33,6 +35,8 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     _check_levels(module)
     graph_module, signature = export_functional(module, inputs)
     restore(graph_module, hidden)
+    note_outside(graph_module)
+    merge_gathers(graph_module.graph, path_of)
     _make_copies_differentiable(graph_module)
     _note_values(graph_module, inputs)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -28,15 +29,17 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
 from torch.fx.node import map_arg
 from torch.library import get_ctx
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
     "CustomGraphPass",
     "FakeValues",
+    "SelectiveForward",
     "all_gather_rows",
     "aot_eager_compiler",
     "assert_on_device",
@@ -50,6 +53,7 @@ __all__ = [
     "group_store",
     "group_tag",
     "inductor_passes",
+    "is_traced",
     "number",
     "real_tensors",
     "reduce_scatter_rows",
@@ -57,6 +61,7 @@ __all__ = [
     "statically_known_true",
     "symbols",
     "traced",
+    "traces_a_body",
     "upper_bound",
 ]
 
@@ -112,6 +117,18 @@ def _described(reason: GraphCompileReason) -> str:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Checked where ``condition`` is computed, when it is: the host does not wait."""
     torch._assert_async(condition, message)
+
+
+def is_traced() -> bool:
+    """Whether ops are being recorded into a graph."""
+    return get_proxy_mode() is not None
+
+
+@torch.compiler.assume_constant_result
+def traces_a_body() -> bool:
+    """Whether Dynamo, which is tracing the caller, is within the body of a higher-order op, where
+    no object from outside may be changed."""
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
 
 
 def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:

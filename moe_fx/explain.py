@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.backend import is_training
+from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.local_tensors import localise
 from moe_fx.options import Options, parse_options
@@ -41,7 +42,7 @@ def explain(
             report.graphs += 1
             return module.forward
         try:
-            local = localise(module, example_inputs)
+            local = localise(open_bodies(module)[0], example_inputs)
             captured = capture(local.module, local.inputs)
         except NotFunctional as obstacle:
             report.declined.append(obstacle.declined)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from moe_fx.compat import all_gather_rows
+from moe_fx.compat import all_gather_rows, traces_a_body
 
 if TYPE_CHECKING:
     from moe_fx.expert_parameters import Slot
@@ -91,6 +91,8 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
 def _forward_of(base: Any) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and traces_a_body():
+            return base.forward(self, *args, **kwargs)  # a gather a read: as many on every rank
         gathered = _gather(self)
         try:
             output = base.forward(self, *args, **kwargs)
@@ -130,7 +132,9 @@ def _reach(output: Any, gathered: Sequence[Tensor]) -> Any:
     """``output``, with a backward that reaches every gather.
 
     A rank whose tokens hit no expert has an output that depends on no weight, and its backward
-    would skip the reduce-scatter that the other ranks wait in. Costs a copy of the output.
+    would skip the reduce-scatter that the other ranks wait in. Costs a copy of the output. It saves
+    a tensor, though an empty one: a checkpoint computes again only up to the last that was saved,
+    and so, on every rank, through the gathers.
     """
     if not gathered:
         return output
@@ -147,8 +151,10 @@ class _DependsOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, *gathered: Tensor) -> Tensor:
         ctx.num_gathered = len(gathered)
+        ctx.save_for_backward(output.new_empty(0))
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert len(ctx.saved_tensors) == 1  # read, which is what makes a checkpoint compute again
         return (*grads, *[None] * ctx.num_gathered)

@@ -48,6 +48,8 @@ class Emitter:
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(op, args, kwargs)
         node.meta["stack_trace"] = self.trace
+        if "custom" in self.parts.combined.meta:  # which body it belongs to (`moe_fx.bodies`)
+            node.meta["custom"] = self.parts.combined.meta["custom"]
         return node
 
     def item(self, node: Node, index: int) -> Node:

@@ -5,8 +5,10 @@ That is what `moe_fx.shard_experts`, FSDP-style parametrisation and DTensor put 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Gather
@@ -49,3 +51,17 @@ def erase_if_unread(gather: Gather) -> None:
         for node in (gather.full, start):
             if not node.users:
                 node.graph.erase_node(node)
+
+
+def merge_gathers(graph: Graph, place: Callable[[Node], object]) -> None:
+    """Of gathers of one shard, and one ``place``, keep the first: a table that is read twice may
+    have been gathered for each."""
+    kept: dict[object, Node] = {}
+    for node in list(graph.nodes):
+        gather = gather_of(node)
+        if gather is None:
+            continue
+        first = kept.setdefault((gather.shard, gather.group_name, place(node)), node)
+        if first is not node:
+            node.replace_all_uses_with(first, propagate_meta=False)
+            erase_if_unread(gather)
