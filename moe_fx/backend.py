@@ -14,7 +14,9 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ascend.compile import compile_lowered, lowers
+from moe_fx.autocast import switch_off
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.compat import autocast_off
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
@@ -88,8 +90,12 @@ def rewrite(
         fuses_routers=lowered,
     )
     later = options.base in ORDERS_LATER or lowered
-    result = passes.run(captured, context, passes.pipeline(later))
-    return local, local.module if result is captured else result, groups
+    with autocast_off():
+        result = passes.run(captured, context, passes.pipeline(later))
+    if result is captured:
+        return local, local.module, groups
+    switch_off(result)
+    return local, result, groups
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moe_fx.autocast import Regions
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
 from moe_fx.outline import enters_a_level
@@ -25,13 +26,16 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """``module`` as a functional ATen graph with the same inputs and outputs.
 
     Where the model mutates an input in place (a key-value cache), the mutation is written back at
-    the end of the graph. Raises `NotFunctional` for what has no functional form.
+    the end of the graph. What autocast casts, inside or around ``module``, is cast by nodes: the
+    graph is to run with autocast off. Raises `NotFunctional` for what has no functional form.
     """
     _check_functional(module)
     module, hidden = hide(module)
     _check_levels(module)
-    graph_module, signature = export_functional(module, inputs)
-    restore(graph_module, hidden)
+    regions = Regions()
+    with regions.traceable(module) as traceable:
+        graph_module, signature = export_functional(traceable, inputs)
+    restore(graph_module, hidden, regions.opaque)
     _make_copies_differentiable(graph_module)
     _note_scalars(graph_module, inputs)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
