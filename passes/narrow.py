@@ -20,6 +20,7 @@ from moe_fx.region import Parts
 
 aten = torch.ops.aten
 _CAST = aten._to_copy.default
+_RESHAPES = {*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _first_casts(parts: Parts) -> tuple[Node, ...]:
                 continue
             if _changes_width(user, wider=False):
                 casts[user] = None
-            elif user.target in VIEWS or is_permuting(parts, user):
+            elif user.target in _RESHAPES or is_permuting(parts, user):
                 reached.append(user)
             else:
                 return ()
