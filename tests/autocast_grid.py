@@ -61,7 +61,7 @@ def outcome(case: Case, training: bool, inside: bool = False, base: str = "aot_e
     without = _without(case)
     try:
         wanted = _run(module, step, training, inside, "aot_eager", {})
-    except TorchDynamoException as error:
+    except (TorchDynamoException, RuntimeError) as error:  # not all can be autocast
         return Outcome(0, 0, 0.0, 0.0, f"aot_eager raises: {str(error).strip().splitlines()[0]}")
     reports: list[moe_fx.Report] = []
     options = {"base": base, "on_report": reports.append}

@@ -90,7 +90,7 @@ def einsums(x: Tensor, proj: Tensor) -> Any:
 def mixed_dtypes(x: Tensor, proj: Tensor) -> Any:
     low = x @ proj
     put = torch.zeros_like(low).index_put((torch.arange(12),), low)
-    added = torch.zeros(12, 32, dtype=BF16).scatter_add(0, torch.zeros(12, 32).long(), low)
+    added = torch.zeros_like(low).scatter_add(0, torch.zeros(12, 32).long(), low)
     both = torch.cat([low, x]), torch.stack([low, x]), torch.addcmul(x, low, low)
     return put, added, *both, torch.where(x > 0, x, low), x + low, low * 2
 
