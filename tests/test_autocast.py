@@ -380,3 +380,13 @@ def test_nothing_rewritten_nothing_changed() -> None:
     with torch.autocast("cpu", BF16):
         torch.compile(selects, backend="moe_fx", options={"base": "keep_autocast"})(X)
     assert any(node.target is enter_autocast for node in seen[0].graph.nodes)
+
+
+def test_ops_compute_in_the_dtypes_of_their_arguments() -> None:
+    """Whatever the caller's autocast: ``cat`` would not take float16 here."""
+    pieces = [X[:5].half(), X[5:].half()]
+    row_map = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int()
+    wanted = torch.ops.moe_fx.unpermute_chunks(pieces, row_map, None, [12, 32])
+    with torch.autocast("cpu", BF16):
+        found = torch.ops.moe_fx.unpermute_chunks(pieces, row_map, None, [12, 32])
+    assert_same([found], [wanted])
