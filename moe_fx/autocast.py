@@ -6,7 +6,8 @@ begins and ends and computes as if there were none: it takes ``.float()`` for a 
 
     for each op of the trace, where autocast is on:
         it has an autocast kernel                        -> trace that, and the casts it makes
-        it is made of ops, which autocast would change   -> trace these
+        it is made of ops, which autocast would change   -> trace these, unless what is cast may
+                                                            as well be cast before
         otherwise                                        -> the op as it is
 
 What is captured computes the same wherever autocast is off, which `switch_off` makes sure of.
@@ -139,7 +140,7 @@ class Regions:
                 return call_kernel(op, key, args, kwargs)
         if op is torch.ops.moe_fx._opaque.default:
             self.opaque[args[2]] = state
-        if composed and state.on:
+        if composed and state.on and _computes(op, args, kwargs):
             calls = self._look_ahead(op, again, args, kwargs)
             if calls:
                 dtype = self._of_cast_inputs(calls, op, again, args, kwargs)
@@ -149,7 +150,7 @@ class Regions:
                     args, kwargs = _cast((args, kwargs), dtype)
                     with autocast_off():
                         return op(*args, **kwargs)
-        if self._calls is not None and _gives_tensors(op):
+        if self._calls is not None and _computes(op, args, kwargs):
             self._calls.append(_Call.of(op, (args, kwargs)))
         with autocast_off():
             return go_on()
@@ -183,31 +184,31 @@ class Regions:
             return None
         with untraced(), again:
             args, kwargs = _cast((args, kwargs), dtype)
-        return (
-            dtype
-            if _but_casts(self._look_ahead(op, again, args, kwargs)) == _but_casts(calls)
-            else None
-        )
+        cast_before = self._look_ahead(op, again, args, kwargs)
+        return dtype if _but_casts(cast_before) == _but_casts(calls) else None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """dtypes: of its floating tensors. others: its arguments but for the tensors."""
+    """dtypes: of its floating tensors. others: its arguments but for the tensors, as text (to
+    compare two sizes may specialise them)."""
 
     op: Any
     dtypes: tuple[torch.dtype, ...]
-    others: tuple[Any, ...]
+    others: tuple[str, ...]
 
     @classmethod
     def of(cls, op: Any, arguments: Any) -> _Call:
         dtypes = [t.dtype for t in _tensors(arguments) if t.is_floating_point()]
         leaves = pytree.tree_leaves(arguments)
-        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        others = [str(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
         return cls(op, tuple(dtypes), tuple(others))
 
 
-def _gives_tensors(op: OpOverload) -> bool:
-    return any("Tensor" in str(returned.type) for returned in op._schema.returns)
+def _computes(op: OpOverload, args: Any, kwargs: Any) -> bool:
+    """From floating tensors to tensors."""
+    returns = any("Tensor" in str(returned.type) for returned in op._schema.returns)
+    return returns and any(tensor.is_floating_point() for tensor in _tensors((args, kwargs)))
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
@@ -223,7 +224,7 @@ def _cast(arguments: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(Tensor, cast, arguments)
 
 
-def _but_casts(calls: Sequence[_Call]) -> list[tuple[Any, tuple[Any, ...]]]:
+def _but_casts(calls: Sequence[_Call]) -> list[tuple[Any, tuple[str, ...]]]:
     return [(call.op, call.others) for call in calls if call.op is not _TO_COPY]
 
 

@@ -6,8 +6,8 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -307,6 +307,8 @@ def autocast_off() -> AbstractContextManager[object]:
 
 def autocast_key(op: OpOverload, tensors: Sequence[Tensor]) -> AutocastKey | None:
     """Which autocast, of those that are on, changes a call of ``op`` with these tensors first."""
+    if not torch._C._dispatch_has_kernel(op.name()):
+        return None
     there = [torch._C._dispatch_keys(tensor) for tensor in tensors]
     for key in _AUTOCAST_KEYS:
         if (
@@ -371,6 +373,14 @@ def is_made_of_others(op: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel(op.name()) and op._can_decompose()
 
 
-def untraced() -> AbstractContextManager[Any]:
-    """In a functional trace: a context in which ops are computed and not written down."""
-    return disable_proxy_modes_tracing()
+@contextmanager
+def untraced() -> Iterator[None]:
+    """In a functional trace: a context in which ops are computed and not written down, nor are the
+    data-dependent sizes that they bring into being."""
+    mode = detect_fake_mode()
+    env = None if mode is None else mode.shape_env
+    with (
+        disable_proxy_modes_tracing(),
+        nullcontext() if env is None else (env.ignore_fresh_unbacked_symbols()),
+    ):
+        yield

@@ -2,10 +2,10 @@
 
 Under autocast tokens are float32 and the experts' matmuls cast them to bfloat16. Captured, the cast
 stands behind the dispatch, where rows are on their experts' side already. It is done before they
-travel instead, and one at the end of the body, back to float32, after they have come back. No bit of
-the results changes, as rows are only copied on their way. A row's gradient travels in its dtype: where
-one cast reads the row, it has that dtype anyway; the gradients of several are rounded after they are
-added.
+travel instead, and one at the end of the body, back to float32, after they have come back. No bit
+of the results changes, as rows are only copied on their way. A row's gradient travels in its dtype:
+where one cast reads the row, it has that dtype anyway; the gradients of several are rounded after
+they are added.
 """
 
 from __future__ import annotations
