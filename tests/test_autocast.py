@@ -87,7 +87,7 @@ def other_dtype_inside(x: Tensor, proj: Tensor) -> Any:
 
 
 def einsums(x: Tensor, proj: Tensor) -> Any:
-    one_hot = torch.einsum("te,th->eht", F.one_hot(torch.arange(12) % 4, 4).float(), x)
+    one_hot = torch.einsum("te,th->eht", F.one_hot(torch.arange(len(x)) % 4, 4).float(), x)
     outer = torch.einsum("ti,tj->tij", x, x)  # no matmul: not cast
     return one_hot, outer, torch.einsum("ti,jk->tj", x, proj), torch.einsum("ti->i", x)
 
@@ -399,3 +399,15 @@ def test_ops_compute_in_the_dtypes_of_their_arguments() -> None:
     with torch.autocast("cpu", BF16):
         found = torch.ops.moe_fx.unpermute_chunks(pieces, row_map, None, [12, 32])
     assert_same([found], [wanted])
+
+
+@pytest.mark.parametrize("situation", [routed, einsums], ids=["routed", "einsums"])
+def test_dynamic_sizes(situation: Callable[..., Any]) -> None:
+    """One graph for two numbers of tokens."""
+    results = []
+    for backend in ("aot_eager", captured):
+        torch._dynamo.reset()
+        function = inside(situation)
+        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+        results.append([r for x in (X, torch.cat([X, X])) for r in compiled(x, PROJ)])
+    assert_same(*reversed(results))
