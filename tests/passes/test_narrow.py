@@ -68,14 +68,15 @@ def test_rows_that_experts_read_in_float32_too_travel_in_it() -> None:
     assert not is_cast(there, torch.bfloat16)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("strategy", ["alltoall", "padded_alltoall", "allgather"])
 @pytest.mark.parametrize("function", [narrow_and_wide, read_in_float32_too])
 def test_both_are_verified_for_two_ranks(
-    function: Callable[[Tensor], Tensor], strategy: str
+    function: Callable[[Tensor], Tensor], strategy: str, chunks: int
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         x = torch.randn(12, H, requires_grad=True)
-        options = {"strategy": strategy, "verify": "always"}
+        options = {"strategy": strategy, "verify": "always", "overlap": chunks}
         report = moe_fx.explain(function, x, options=options, ranks=2)
     assert report.declined == []
     assert [region.verified for region in report.regions] == [True]
