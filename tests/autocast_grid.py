@@ -112,15 +112,19 @@ def _run(
 
 
 def _difference(found: list[Tensor | None], wanted: list[Tensor | None]) -> float:
-    """The largest; infinite where dtypes differ, or only one is there."""
+    """The largest; infinite where dtypes differ, or only one is there. Some gradients are 0 but for
+    rounding (of a key's bias): those are measured against the largest of all."""
     worst = 0.0
+    least = 1e-3 * max(
+        (float(t.abs().nan_to_num().max()) for t in wanted if t is not None), default=0
+    )
     for ours, theirs in zip(found, wanted, strict=True):
         if ours is None or theirs is None:
             worst = max(worst, 0.0 if ours is theirs else float("inf"))
         elif ours.dtype != theirs.dtype:
             worst = float("inf")
         elif not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
-            scale = theirs.double().abs().max().clamp_min(1e-30)
+            scale = theirs.double().abs().max().clamp_min(max(least, 1e-30))
             worst = max(worst, float((ours.double() - theirs.double()).abs().max() / scale))
     return worst
 
