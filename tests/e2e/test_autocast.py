@@ -157,8 +157,8 @@ def test_what_autocast_leaves_in_float32_travels_in_float32(ranks2: RankPool, pr
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_under_inductor(ranks2: RankPool, inside: bool) -> None:
-    case = ("model", "batched_mm", "gathered", inside, True, "inductor")
+    case = ("block", "batched_mm", "gathered", inside, True, "inductor")
     for seen in ranks2.run(under_autocast, *case, timeout=600.0):
-        assert (seen.regions, seen.declined) == (2, [])
+        assert (seen.regions, seen.declined) == (1, [])
         assert seen.error <= 5e-2
         assert all(error <= 1e-1 for error in seen.gradient_errors.values())
