@@ -58,14 +58,14 @@ class Outcome:
 def outcome(case: Case, training: bool, inside: bool = False, base: str = "aot_eager") -> Outcome:
     """inside: autocast is entered within what is compiled, as accelerate does it."""
     module, (step, *_), _ = build_case(0, case)
-    without = _without(case)
+    without, whole = _without(case)
     try:
-        wanted = _run(module, step, training, inside, "aot_eager", {})
+        wanted = _run(module, step, training, inside, whole, "aot_eager", {})
     except (TorchDynamoException, RuntimeError) as error:  # not all can be autocast
         return Outcome(0, 0, 0.0, 0.0, f"aot_eager raises: {str(error).strip().splitlines()[0]}")
     reports: list[moe_fx.Report] = []
     options = {"base": base, "on_report": reports.append}
-    found = _run(module, step, training, inside, "moe_fx", options)
+    found = _run(module, step, training, inside, whole, "moe_fx", options)
     reasons = [declined.reason for report in reports for declined in report.declined]
     return Outcome(
         regions=sum(len(report.regions) for report in reports),
@@ -91,6 +91,7 @@ def _run(
     step: Mapping[str, Any],
     training: bool,
     inside: bool,
+    whole: bool,
     backend: str,
     options: dict[str, Any],
 ) -> list[Tensor | None]:
@@ -99,7 +100,10 @@ def _run(
     module.requires_grad_(training)
     module.zero_grad(set_to_none=True)
     compiled = torch.compile(
-        _Inside(module) if inside else module, backend=backend, options=options or None
+        _Inside(module) if inside else module,
+        backend=backend,
+        fullgraph=whole,
+        options=options or None,
     )
     around: Any = nullcontext() if inside else torch.autocast("cpu", torch.bfloat16)
     torch.manual_seed(0)
@@ -129,11 +133,13 @@ def _difference(found: list[Tensor | None], wanted: list[Tensor | None]) -> floa
     return worst
 
 
-def _without(case: Case) -> int:
+def _without(case: Case) -> tuple[int, bool]:
+    """(MoE layers found without autocast, whether they are with ``fullgraph=True`` only)."""
     for entry in json.loads(_KEPT.read_text())["measured"]:
         if Case(**entry["case"]) == case:
-            return int(entry["outcome"]["regions"])
-    return 0
+            kept = entry["outcome"]
+            return int(kept["regions"]), kept["captured"] == "fullgraph"
+    return 0, False
 
 
 def cases(only: str | None, families: list[str]) -> list[Case]:
