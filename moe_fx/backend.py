@@ -14,8 +14,10 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ascend.compile import compile_lowered, lowers
+from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.compat import autocast_off
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
@@ -90,7 +92,8 @@ def rewrite(
         fuses_routers=lowered,
     )
     later = options.base in ORDERS_LATER or lowered
-    result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
+    with autocast_off():
+        result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
         return untouched, module, groups
     if bodies:
@@ -98,6 +101,7 @@ def rewrite(
         if not later:
             for graph in graphs:
                 passes.Overlap()(graph, context)
+    switch_off(result)
     return local, result, groups
 
 

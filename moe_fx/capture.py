@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moe_fx.autocast import Regions
 from moe_fx.bodies import note_outside, path_of
 from moe_fx.compat import export_functional
 from moe_fx.opaque import hide, restore
@@ -28,13 +29,16 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """``module`` as a functional ATen graph with the same inputs and outputs.
 
     Where the model mutates an input in place (a key-value cache), the mutation is written back at
-    the end of the graph. Raises `NotFunctional` for what has no functional form.
+    the end of the graph. What autocast casts, inside or around ``module``, is cast by nodes: the
+    graph is to run with autocast off. Raises `NotFunctional` for what has no functional form.
     """
     _check_functional(module)
     module, hidden = hide(module)
     _check_levels(module)
-    graph_module, signature = export_functional(module, inputs)
-    restore(graph_module, hidden)
+    regions = Regions()
+    with regions.traceable(module) as traceable:
+        graph_module, signature = export_functional(traceable, inputs)
+    restore(graph_module, hidden, regions.opaque)
     note_outside(graph_module)
     merge_gathers(graph_module.graph, path_of)
     _make_copies_differentiable(graph_module)

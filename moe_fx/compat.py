@@ -6,8 +6,8 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,13 +23,19 @@ from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
+from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
     _find_or_create_pg_by_ranks_and_tag,
     _get_group_tag,
     _resolve_process_group,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+)
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
 from torch.fx.node import map_arg
 from torch.library import get_ctx
@@ -37,16 +43,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "AutocastKey",
     "CustomGraphPass",
     "FakeValues",
     "SelectiveForward",
     "all_gather_rows",
     "aot_eager_compiler",
     "assert_on_device",
+    "autocast_devices",
+    "autocast_key",
+    "autocast_off",
     "base_compiler",
     "data_dependent_size",
     "decomposed",
+    "enter_autocast",
     "exchange_equal_rows",
+    "exit_autocast",
     "export_functional",
     "graph_breaks",
     "group_of_ranks",
@@ -287,3 +299,109 @@ def decomposed(node: Node) -> GraphModule | None:
 
     with enable_python_dispatcher():
         return make_fx(call, table, tracing_mode="real")(*values)
+
+
+AutocastKey = Any
+"""A dispatch key: autocast of one device type."""
+
+enter_autocast, exit_autocast = _enter_autocast, _exit_autocast
+"""What Dynamo writes into a graph where a region begins and ends: the second takes what the first
+returned."""
+
+_AUTOCAST_KEYS: Sequence[AutocastKey] = sorted(
+    (key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")),
+    key=int,
+    reverse=True,
+)
+"""The dispatcher's order: the first is called first."""
+
+
+def autocast_devices() -> list[str]:
+    """The device types that autocast knows."""
+    return list(torch._C._autocast_supported_devices())
+
+
+def autocast_off() -> AbstractContextManager[object]:
+    """A context in which autocast is off for every device type."""
+    return cast(AbstractContextManager[object], torch._C._DisableAutocast())
+
+
+def autocast_key(op: OpOverload, tensors: Sequence[Tensor]) -> AutocastKey | None:
+    """Which autocast, of those that are on, changes a call of ``op`` with these tensors first."""
+    if not torch._C._dispatch_has_kernel(op.name()):
+        return None
+    there = [torch._C._dispatch_keys(tensor) for tensor in tensors]
+    for key in _AUTOCAST_KEYS:
+        if (
+            not torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+            and any(keys.has(key) for keys in there)
+            and (key in op.py_kernels or _has_own_kernel(op, key))
+        ):
+            return key
+    return None
+
+
+def _has_own_kernel(op: OpOverload, key: AutocastKey) -> bool:
+    name, key_name = op.name(), key.name
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        name, key_name
+    ) and not torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key_name)
+
+
+def call_kernel(op: OpOverload, key: AutocastKey, args: Any, kwargs: Any) -> Any:
+    """The kernel of ``op`` at ``key``, which calls ``op``, or others, for what is below it."""
+    if key in op.py_kernels:
+        return op.py_kernels[key](*args, **kwargs)
+    return op._op_dk(key, *args, **kwargs)
+
+
+def in_python(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` without telling torch function modes: a tracer that listens would note
+    ``enter_autocast`` instead of entering."""
+    with torch._C.DisableTorchFunction():
+        return function(*args)
+
+
+Handler = Callable[
+    [OpOverload, Callable[[], Any], AbstractContextManager[Any], tuple[Any, ...], dict[str, Any]],
+    Any,
+]
+
+
+def intercept(handler: Handler) -> None:
+    """In a functional pre-dispatch trace, until it ends: ``handler(op, go_on, again, args,
+    kwargs)`` gives the result of each op. ``go_on()`` does what the trace would have done; ops
+    called in the context ``again`` come to the handler too. Nothing in a run that is not such a
+    trace (AOT makes one before, for which autocast comes first as it does in eager)."""
+    mode = _get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    if mode is None:
+        return
+    traced_as_before = mode.__torch_dispatch__
+
+    def dispatch(op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+
+        def go_on() -> Any:
+            return traced_as_before(op, types, args, kwargs)
+
+        return handler(op, go_on, mode, args, kwargs)
+
+    mode.__torch_dispatch__ = dispatch
+
+
+def is_made_of_others(op: OpOverload) -> bool:
+    """Whether the dispatcher has a formula in other ops for ``op``, derivatives included."""
+    return torch._C._dispatch_has_kernel(op.name()) and op._can_decompose()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """In a functional trace: a context in which ops are computed and not written down, nor are the
+    data-dependent sizes that they bring into being."""
+    mode = detect_fake_mode()
+    env = None if mode is None else mode.shape_env
+    with (
+        disable_proxy_modes_tracing(),
+        nullcontext() if env is None else (env.ignore_fresh_unbacked_symbols()),
+    ):
+        yield

@@ -12,6 +12,7 @@ import moe_fx.passes as passes
 from moe_fx.backend import is_training
 from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.compat import autocast_off
 from moe_fx.local_tensors import localise
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
@@ -54,7 +55,8 @@ def explain(
             group=parsed.ep_group,
             training=is_training(local.inputs),
         )
-        passes.run(captured, context, steps)
+        with autocast_off():
+            passes.run(captured, context, steps)
         return module.forward
 
     torch._dynamo.reset()

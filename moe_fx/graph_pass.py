@@ -22,7 +22,7 @@ from moe_fx import __version__
 from moe_fx.agree import describe
 from moe_fx.ascend.compile import device_pass, lowers
 from moe_fx.backend import check_devices
-from moe_fx.compat import CustomGraphPass, real_tensors
+from moe_fx.compat import CustomGraphPass, autocast_off, real_tensors
 from moe_fx.errors import ConfigurationError, NothingMatched
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.overlap import overlap
@@ -64,7 +64,11 @@ class MoEPass(CustomGraphPass):
             group=self.options.ep_group,
             fuses_routers=lowers(self.options, values),
         )
-        with real_tensors(), torch.no_grad():  # whatever the compiler is tracing with
+        with (
+            real_tensors(),
+            torch.no_grad(),
+            autocast_off(),
+        ):  # whatever the compiler is tracing with
             result = passes.run(module, context, passes.pipeline(ordered_later=True))
         self.reports.append(report)
         if self.options.on_report is not None:

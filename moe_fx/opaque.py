@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from moe_fx.autocast import Autocast, enclose
 from moe_fx.ops._define import define
 from moe_fx.outline import is_outlined, outline
 
@@ -75,8 +76,9 @@ def hide(module: GraphModule) -> tuple[GraphModule, list[int]]:
     return module, keys
 
 
-def restore(module: GraphModule, keys: Sequence[int]) -> None:
-    """Put the ops behind ``keys`` back into the traced graph, in place."""
+def restore(module: GraphModule, keys: Sequence[int], autocast: Mapping[int, Autocast]) -> None:
+    """Put the ops behind ``keys`` back into the traced graph, in place; those in ``autocast`` in a
+    region of that state."""
     if not keys:
         return
     for node in module.graph.find_nodes(
@@ -97,6 +99,9 @@ def restore(module: GraphModule, keys: Sequence[int]) -> None:
             else:
                 original = module.graph.call_function(hidden.target, args, kwargs)
         original.meta = dict(node.meta)
+        if key in autocast:
+            regions = [(device, dtype, True, None) for device, dtype in autocast[key].on]
+            enclose(module.graph, regions, original, original.next)
         if hidden.single:
             for user in list(node.users):
                 user.replace_all_uses_with(original)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_fx.passes.emitter import Emitter, is_permuting
+from moe_fx.passes.emitter import Emitter
+from moe_fx.passes.narrow import is_permuting
 from moe_fx.passes.roles import VIEWS, PairWeights, argument, shape, value
 from moe_fx.region import Parts
 

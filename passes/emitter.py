@@ -3,7 +3,8 @@
 `Emitter.experts` emits the captured body on rows of a slice of the local experts: ops on rows as
 captured, matmuls with per-expert tables as ``grouped_mm``, permutations left out (rows on this side
 stand in one order). Tables are cut to the slice: the shard of a gathered table, a view of a
-replicated one, the matrices themselves where a table is a stack of separate ones.
+replicated one, the matrices themselves where a table is a stack of separate ones. Casts at either
+end of the body may be left to the tokens' side (`narrow.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.narrow import Narrow, is_permuting, narrow
 from moe_fx.passes.roles import (
     VIEWS,
     PairIds,
-    Permutation,
     Rows,
     RowTable,
     is_grouped_matmul,
@@ -35,6 +36,8 @@ from moe_fx.region import Parts
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
+_SENDS_ROWS = ("alltoall", "padded_alltoall")
+
 
 class Emitter:
     """Adds nodes where the graph's insertion point is."""
@@ -42,6 +45,7 @@ class Emitter:
     def __init__(self, graph: Graph, parts: Parts, plan: ExchangePlan) -> None:
         self.graph, self.parts, self.plan = graph, parts, plan
         self.trace = parts.combined.meta.get("stack_trace", "")
+        self._narrow = narrow(parts) if plan.strategy in _SENDS_ROWS else Narrow()
         self._owned: dict[Node, Node] = {}
         self._splits: dict[Node, Node] = {}
 
@@ -69,6 +73,19 @@ class Emitter:
         ``at`` of the local ones. fill: there are more rows, which are nobody's; about this share
         is somebody's."""
         return _Experts(self, rows, counts, at, fill).result()
+
+    def leaving(self, rows: Node) -> Node:
+        """``rows`` in the dtype in which they travel to experts."""
+        casts = self._narrow.casts
+        return self.copy(casts[0], lambda _: rows) if casts else rows
+
+    def back(self, rows: Node) -> Node:
+        """Experts' results that have come back, in the dtype of ``parts.cut``."""
+        widens = self._narrow.widens
+        return rows if widens is None else self.copy(widens, lambda _: rows)
+
+    def is_done_where_tokens_are(self, node: Node) -> bool:
+        return node in self._narrow.casts or node is self._narrow.widens
 
     def owned(self, table: Node) -> Node:
         """``[E, ...] -> [E/W, ...]``: the shard of a gathered table, a view of a replicated one."""
@@ -119,19 +136,6 @@ def weighed(emitter: Emitter, rows: Node, factor: Node) -> Node:
     return emitter.call(aten._to_copy.default, product, dtype=dtype)
 
 
-def is_permuting(parts: Parts, node: Node) -> bool:
-    """Whether ``node`` puts rows in another order."""
-    index: Any
-    if node.target is aten.index.Tensor:
-        indices: Any = node.args[1]
-        (index,) = indices
-    elif node.target is aten.index_select.default:
-        index = node.args[2]
-    else:
-        return False
-    return isinstance(parts.roles.get(index), Permutation)
-
-
 @dataclass
 class _Experts:
     """One run of the body. at: the slice of the local experts whose rows these are."""
@@ -159,7 +163,7 @@ class _Experts:
 
     def _node(self, node: Node) -> Node:
         roles = self.parts.roles
-        if is_permuting(self.parts, node):
+        if is_permuting(self.parts, node) or self.emitter.is_done_where_tokens_are(node):
             source = node.args[0]
             assert isinstance(source, Node)
             return self.values[source]

@@ -70,7 +70,7 @@ def alltoall(emitter: Emitter) -> Node:
     sizes = call(ops.split_sizes.default, counts, recv_counts, **by_chunk)
     if chunks == 1:
         rows, row_map = _permuted(emitter)
-        return _there_and_back(emitter, [rows], sizes, [recv_counts], row_map)
+        return _there_and_back(emitter, [emitter.leaving(rows)], sizes, [recv_counts], row_map)
     pieces, row_map = _permuted_pieces(emitter, ops.permute_chunks.default, keys, sizes, chunks)
     per_slice = plan.experts_per_slice
     received = [
@@ -158,7 +158,7 @@ class _Trip:
 
     def back(self) -> Node:
         num_rows = self.call(aten.sym_size.int, self.rows, 0)
-        return self.call(
+        arrived = self.call(
             ops.wait.default,
             self.handle,
             self.result,
@@ -167,6 +167,7 @@ class _Trip:
             self.plan.group_name,
             num_rows,
         )
+        return self.emitter.back(arrived)
 
 
 def _permuted(emitter: Emitter) -> tuple[Node, Node]:
@@ -192,7 +193,7 @@ def _permuted_pieces(
         columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in (weights, keys)]
         factors = item(emitter.call(op, *columns, sizes), 0)
         rows = [weighed(emitter, rows[at], item(factors, at)) for at in chunks]
-    return rows, row_map
+    return [emitter.leaving(each) for each in rows], row_map
 
 
 def _pairs(emitter: Emitter) -> tuple[Node, Node]:

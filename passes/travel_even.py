@@ -56,7 +56,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
         *_capacity(emitter),
     )
     rows, row_map, counts = (item(permuted, at) for at in range(3))
-    pieces = [item(rows, at) for at in range(chunks)]
+    pieces = [emitter.leaving(item(rows, at)) for at in range(chunks)]
     by_chunk = {"chunks": chunks} if chunks > 1 else {}
     received = call(ops.exchange_counts.default, counts, plan.group_name, **by_chunk)
     exchange = _Exchange(emitter, pieces)
@@ -74,7 +74,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
         sizes = [call(aten.sym_size.int, result, 0), *shape(parts.cut)[1:]]
         done.append(call(ops.unpermute.default, result, regroup_map, None, sizes))
         handles[at] = exchange.start(done[at], at)
-    back = [exchange.wait(handles[at], piece, at) for at, piece in enumerate(done)]
+    back = [emitter.back(exchange.wait(handles[at], piece, at)) for at, piece in enumerate(done)]
     return combine(emitter, back, row_map, missing=True)
 
 

@@ -19,7 +19,7 @@ from tests import families, language_models
 from tests.families import BLOCKS, DECORATED
 from tests.language_models import MODELS, result
 
-__all__ = ["Case", "Outcome", "block_cases", "model_cases", "outcomes"]
+__all__ = ["Case", "Outcome", "block_cases", "build_case", "model_cases", "outcomes"]
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 """Relative to the largest value. In bfloat16 a whole model's tokens may take other experts: there
@@ -90,7 +90,7 @@ def outcomes(rank: int, batch: list[Case]) -> list[Outcome]:
 
 
 def _outcome(rank: int, case: Case) -> Outcome:
-    module, steps, layers = _build(rank, case)
+    module, steps, layers = build_case(rank, case)
     try:
         return _measured(module, steps, layers, case)
     except TorchDynamoException as error:
@@ -159,7 +159,7 @@ def _whole(module: nn.Module, steps: list[Mapping[str, Any]], case: Case) -> _Ru
         return None
 
 
-def _build(rank: int, case: Case) -> tuple[nn.Module, list[Mapping[str, Any]], int]:
+def build_case(rank: int, case: Case) -> tuple[nn.Module, list[Mapping[str, Any]], int]:
     """(module, arguments of each step, MoE layers)."""
     dtype = getattr(torch, case.dtype)
     impl = "grouped_mm" if case.impl == "-" else case.impl

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.library import Library, impl, register_autograd, register_fake
+
+from moe_fx.compat import autocast_off
 
 NAMESPACE = "moe_fx"
 _LIBRARY = Library(NAMESPACE, "DEF")
@@ -25,7 +28,8 @@ def define(
     """Register ``moe_fx::<schema>``.
 
     ``kernel`` is written in ATen calls and so serves CPU, CUDA and out-of-tree devices alike;
-    an op with a device-specific implementation gets it from the lowering pass instead.
+    an op with a device-specific implementation gets it from the lowering pass instead. It computes
+    in the dtypes of its arguments, whatever the caller's autocast (backward passes run under it).
     ``any_layout``: Inductor may pass tensors of any strides, and so need not copy them.
     """
     name = schema.split("(", 1)[0]
@@ -33,10 +37,19 @@ def define(
     _LIBRARY.define(schema, tags=(*tags, torch.Tag.flexible_layout) if any_layout else tags)
     qualname = f"{NAMESPACE}::{name}"
     for key in _DEVICE_KEYS:
-        impl(qualname, key, kernel, lib=_LIBRARY)
+        impl(qualname, key, _without_autocast(kernel), lib=_LIBRARY)
     register_fake(qualname, fake, lib=_LIBRARY)
     if backward is not None:
         register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with autocast_off():
+            return kernel(*args, **kwargs)
+
+    return run
 
 
 def define_composite(schema: str, function: Callable[..., Any]) -> None:
