@@ -34,6 +34,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     restore(graph_module, hidden)
     _make_copies_differentiable(graph_module)
     _note_scalars(graph_module, inputs)
+    _note_parameters(graph_module, module, inputs)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
@@ -71,6 +72,16 @@ def _note_scalars(module: GraphModule, inputs: Sequence[Any]) -> None:
     for node, value in zip(placeholders, inputs, strict=True):
         if type(value) is Tensor and value.dim() == 0 and value.device.type == "cpu":
             node.meta["scalar"] = value.item()
+
+
+def _note_parameters(traced: GraphModule, module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Which inputs are parameters or buffers of the model, and so hold no tokens: Dynamo notes that
+    of those that a module holds."""
+    ours, theirs = (each.graph.find_nodes(op="placeholder") for each in (traced, module))
+    for node, given, value in zip(ours, theirs, inputs, strict=True):
+        static = "_dynamo_static_input_type" in given.meta.get("tensor_dict", {})
+        if static or isinstance(value, torch.nn.Parameter):
+            node.meta["parameter"] = True
 
 
 def _make_copies_differentiable(module: GraphModule) -> None:

@@ -28,7 +28,7 @@ from moe_fx.passes.anchors import Anchor, find_anchors, select
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
-from moe_fx.passes.gathers import gather_above
+from moe_fx.passes.lineage import trace
 from moe_fx.passes.names import activation_name, has_shared_expert
 from moe_fx.passes.roles import (
     Combined,
@@ -43,6 +43,7 @@ from moe_fx.passes.roles import (
     Selection,
     is_grouped_matmul,
     shape,
+    tensor_inputs,
     value,
 )
 from moe_fx.passes.router import RouterCache, recognise_router
@@ -233,13 +234,16 @@ def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
     needed = set(nodes)
     tables = [t for t in roles.tables if any(u in needed for u in t.users)]
     _check_escapes(body, needed, of)
-    check_tables(tables, tokens, body, of)
-    gathers = [found for found in map(gather_above, tables) if found is not None]
+    check_tables(tables, tokens, body, of, selection.num_experts)
+    weight = _the_only(weights, "matrix of routing weights", combined) if weights else None
+    others = {s for n in nodes for s in tensor_inputs(n)} - {*nodes, *tables, tokens, ids, weight}
+    whole = [n for n in others if n not in of]
+    lineage = trace(tables, selection.num_experts, sorted(whole))
     return Parts(
         select=selection.node,
         tokens=tokens,
         ids=ids,
-        weights=_the_only(weights, "matrix of routing weights", combined) if weights else None,
+        weights=weight,
         nodes=tuple(nodes),
         body=tuple(body),
         cut=cut,
@@ -247,7 +251,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
         combined=combined,
         dispatched=tuple(dispatched),
         tables=tuple(tables),
-        gathers=tuple(gathers),
+        gathers=tuple(lineage.gathers.values()),
         roles=dict(of),
         distinct=selection.distinct,
     )

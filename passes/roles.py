@@ -279,6 +279,7 @@ FRESH_BUFFERS: tuple[Any, ...] = (
     aten.new_empty.default,
     aten.new_zeros.default,
 )
+_DROPOUTS = (aten.dropout.default, aten.alpha_dropout.default)
 GROUPED_MATMULS = tuple(
     op
     for op in (
@@ -295,7 +296,21 @@ def is_grouped_matmul(node: Node) -> bool:
     )
 
 
+def is_random(node: Node) -> bool:
+    """Whether another run of ``node`` gives other values: dropout, noise."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return node.target not in _DROPOUTS or _drops(node)
+
+
+def _drops(node: Node) -> bool:
+    """Dropout in training, unless its probability is 0."""
+    return argument(node, 2, "train") is not False and argument(node, 1, "p") != 0
+
+
 def is_pointwise(node: Node) -> bool:
+    if node.target in _DROPOUTS:
+        return not _drops(node)
     tags = getattr(node.target, "tags", ())
     return node.target in ELEMENTWISE_COPIES or (
         torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
