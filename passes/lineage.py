@@ -167,19 +167,19 @@ class _Tracer:
 
     def _member(self, member: Node, expert: int) -> list[Node]:
         """Notes what ``member``, of one expert, is made of; gives the tables it is an entry of."""
-        found, stack, tables = self.found, [member], []
+        found, stack, tables = self.found, [(member, member)], []
         while stack:
-            node = stack.pop()
+            node, reader = stack.pop()
             if not self.gathers_above(node) or found.members.get(node) == expert:
                 continue
             if node in found.members:
                 raise Refusal(f"{node} is part of several experts' tables", node, PROGRESS)
             if gather_of(node) is not None:
-                found.whole[node] = None
+                self._require_common(node, reader)
                 continue
             entry = entry_of(node, found.experts)
             if entry is None:
-                stack += node.all_input_nodes
+                stack += [(source, node) for source in node.all_input_nodes]
             elif entry.expert == expert:
                 tables.append(entry.source)
             else:
@@ -191,16 +191,20 @@ class _Tracer:
         return tables
 
     def check_whole(self) -> None:
-        """What all experts read may be gathered (from other ranks' parts of a common matrix), but
-        not from experts."""
         for node in self.found.whole:
             for full in self.gathers_above(node):
-                if full in self.found.gathers or same(shape(full)[0], self.found.experts):
-                    reason = (
-                        f"{node}, which the rows of all experts meet, is computed from the experts "
-                        f"of all ranks (gathered by {full})"
-                    )
-                    raise Refusal(reason, node, PROGRESS)
+                self._require_common(full, node)
+
+    def _require_common(self, full: Node, reader: Node) -> None:
+        """What all experts read may be gathered (parts of a common matrix), but not from experts.
+        reader: what is made of it."""
+        if full in self.found.gathers or same(shape(full)[0], self.found.experts):
+            raise Refusal(
+                f"{reader.name} ({reader.target}) mixes experts that are gathered from all ranks "
+                f"({full.name}), and the experts' result is computed from it",
+                reader,
+                PROGRESS,
+            )
 
     def gathers_above(self, node: Node) -> dict[Node, Gather]:
         """Gathers over several ranks that ``node`` is computed from, ``node`` included."""
