@@ -40,10 +40,12 @@ from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
+    ByChance,
     NoExperts,
     Refusal,
     Selection,
     is_pointwise,
+    is_random,
     same,
     shape,
     tensor_inputs,
@@ -192,7 +194,10 @@ class _Reader:
             Refusal("the experts' rows are never all summed to one row per token", starts[0], 4)
         )
         found: Reading | None = None
-        for result in self._results(starts):
+        for at, result in enumerate(self._results(starts)):
+            with attempts:
+                if at == 0:
+                    self._check_chance(tokens, result)
             with attempts:
                 reading = self._reading(tokens, starts, pairing, result)
                 if reading.weighing.node is not None:
@@ -272,6 +277,12 @@ class _Reader:
             captured=self._captured(trials, layout, weighing),
             form=self._form(pairing, trials.nodes),
         )
+
+    def _check_chance(self, tokens: list[Node], result: Node) -> None:
+        """Nothing random is in the experts, nor on the way to where their rows first meet."""
+        chance = next(filter(is_random, self._between(tokens, result)), None)
+        if chance is not None:
+            raise ByChance(chance)
 
     def _layout(self, tokens: list[Node], pairing: Pairing) -> RowLayout:
         return RowLayout(

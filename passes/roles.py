@@ -303,6 +303,29 @@ def is_random(node: Node) -> bool:
     return node.target not in _DROPOUTS or _drops(node)
 
 
+def random_above(node: Node) -> Node | None:
+    """The random op that gives ``node`` its values, through ops that read nothing else."""
+    while node.op == "call_function" and not is_random(node):
+        sources = tensor_inputs(node)
+        if len(sources) != 1:
+            return None
+        node = sources[0]
+    return node if is_random(node) else None
+
+
+class ByChance(Refusal):
+    """Rows that are computed on another rank would meet other random values there."""
+
+    def __init__(self, node: Node, progress: int = 6) -> None:
+        chance = argument(node, 1, "p") if node.target in _DROPOUTS else None
+        what = str(node.target) + (f" with p={chance}" if chance is not None else "")
+        reason = (
+            f"a random op ({what}) takes part between dispatch and combine: rows that another "
+            "rank computes would meet other random values"
+        )
+        super().__init__(reason, node, progress)
+
+
 def _drops(node: Node) -> bool:
     """Dropout in training, unless its probability is 0."""
     return argument(node, 2, "train") is not False and argument(node, 1, "p") != 0

@@ -39,9 +39,11 @@ from moe_fx.passes.layout_moves import READS_BY_INDEX, WRITES_BY_INDEX, LayoutMo
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
+    ByChance,
     Refusal,
     is_grouped_matmul,
     is_pointwise,
+    is_random,
     same,
     shape,
     tensor_inputs,
@@ -113,6 +115,8 @@ class RowLayout(LayoutMoves, LayoutMatmuls):
         return self._rule(node)
 
     def _rule(self, node: Node) -> Laid:
+        if is_random(node):
+            raise ByChance(node)
         if node.target is operator.getitem:
             return self._item(node)
         if is_grouped_matmul(node):
