@@ -221,7 +221,7 @@ class _Trace:
     def visit(self, node: Node) -> None:
         if node.op != "call_function":
             return
-        if is_selector(node):
+        if is_selector(node) and not self._maps_ids(node):
             self.order[node] = len(self.order)
             if isinstance(value(node), Tensor):
                 self._hold_indices(node, frozenset([node]), exact=True)
@@ -229,6 +229,14 @@ class _Trace:
             self._tuple_item(node)
         elif not self._dispatch(node):
             self._follow(node)
+
+    def _maps_ids(self, node: Node) -> bool:
+        """Whether ``node`` looks up other ids for selected ones: one selection, not two."""
+        if node.target not in LOOKUPS or not is_lookup_of_ids(node):
+            return False
+        index = node.args[LOOKUPS[node.target][1]]
+        indices = index if isinstance(index, (list, tuple)) else [index]
+        return any(i in self.reach for i in indices if isinstance(i, Node))
 
     def _hold_indices(self, node: Node, selectors: frozenset[Node], exact: bool) -> None:
         self.reach[node] = selectors

@@ -273,7 +273,6 @@ _LIKE_POINTWISE = (
     aten.full_like.default,
     aten.detach.default,
     aten.contiguous.default,
-    aten.fake_quantize_per_tensor_affine.default,
 )
 _DIMS_OF: dict[Any, tuple[int, str, Any]] = {
     aten.stack.default: (1, "dim", 0),

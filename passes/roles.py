@@ -335,7 +335,7 @@ def is_pointwise(node: Node) -> bool:
     if node.target in _DROPOUTS:
         return not _drops(node)
     tags = getattr(node.target, "tags", ())
-    return node.target in ELEMENTWISE_COPIES or (
+    return node.target in (*ELEMENTWISE_COPIES, aten.fake_quantize_per_tensor_affine.default) or (
         torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     )
 
