@@ -35,6 +35,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     _make_copies_differentiable(graph_module)
     _note_scalars(graph_module, inputs)
     _note_parameters(graph_module, module, inputs)
+    _note_graph_break(graph_module, module)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
@@ -82,6 +83,14 @@ def _note_parameters(traced: GraphModule, module: GraphModule, inputs: Sequence[
         static = "_dynamo_static_input_type" in given.meta.get("tensor_dict", {})
         if static or isinstance(value, torch.nn.Parameter):
             node.meta["parameter"] = True
+
+
+def _note_graph_break(traced: GraphModule, module: GraphModule) -> None:
+    """``file:line`` in the model where Dynamo ended the graph, if that is a graph break."""
+    ended = getattr(module, "compile_subgraph_reason", None)
+    if ended is not None and ended.graph_break and ended.user_stack:
+        frame = ended.user_stack[-1]
+        traced.graph.output_node().meta["graph_break"] = f"{frame.filename}:{frame.lineno}"
 
 
 def _make_copies_differentiable(module: GraphModule) -> None:

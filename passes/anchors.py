@@ -281,7 +281,7 @@ class _Trace:
         elif node.target in _MARKS:
             marked = [n for n in node.all_input_nodes if n in self.reach]
             for ids in marked:
-                self._note(ids)
+                self._note(ids, experts=_marked_experts(node))
             return bool(marked)
         else:
             return False
@@ -372,6 +372,17 @@ class _Trace:
         certain = selected and (dispatch.certain or told_apart)
         certain |= any(n.target is aten.topk.default for n in selectors)
         return Anchor(selectors[-1], selectors, dispatch.ids, experts, dispatch.exact, certain)
+
+
+def _marked_experts(node: Node) -> int | None:
+    """How many experts a one-hot, or a scatter into a row per token, tells apart."""
+    if node.target is aten.one_hot.default:
+        classes = argument(node, 1, "num_classes", -1)
+        return classes if isinstance(classes, int) and classes > 0 else None
+    if node.target is aten.eq.Tensor:
+        return None
+    columns = shape(node)[argument(node, 1, "dim")]
+    return columns if isinstance(columns, int) else None
 
 
 def _is_range(numbers: Iterable[int]) -> bool:

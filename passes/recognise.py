@@ -42,6 +42,7 @@ from moe_fx.passes.roles import (
     RowTable,
     Selection,
     is_grouped_matmul,
+    is_integer,
     shape,
     tensor_inputs,
     value,
@@ -111,7 +112,7 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     selection = select(anchor)
     roles, combined, refusals = _walk(selection)
     if not combined:
-        raise _furthest(refusals, anchor.node)
+        raise _furthest(refusals, selection)
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
@@ -196,10 +197,12 @@ def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:
     return roles, combined, refusals
 
 
-def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
+def _furthest(refusals: list[Refusal], selection: Selection) -> Refusal:
     if not refusals:
-        return Refusal("nothing reads the selected indices", node)
+        return Refusal("nothing reads the selected indices", selection.node)
     best = max(refusals, key=lambda refusal: refusal.progress)
+    if best.progress == 0 and any(_reads_ids(r.node, selection) for r in refusals):
+        return Refusal(_leaving(best.node.graph.output_node()), selection.node, unknown=True)
     if best.progress == 0:
         return Refusal(
             f"the selected indices never bring tokens to experts ({best.reason})",
@@ -207,6 +210,28 @@ def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
             unknown=True,
         )
     return best
+
+
+def _reads_ids(output: Node, selection: Selection) -> bool:
+    """Whether the graph's ``output`` gives selected indices, or views of them, to its caller."""
+    if output.op != "output":
+        return False
+    for node in output.all_input_nodes:
+        while node.op == "call_function" and node not in selection.selectors:
+            if not is_integer(node) or not tensor_inputs(node):
+                break
+            node = tensor_inputs(node)[0]
+        if node in selection.selectors and node.op == "call_function":
+            return True
+    return False
+
+
+def _leaving(output: Node) -> str:
+    where = output.meta.get("graph_break")
+    left = "the selected ids leave the graph, and nothing in it brings tokens to experts by them"
+    if where is None:
+        return f"{left}: what reads them is not in what is compiled"
+    return f"{left}: a graph break at {where} stands between the router and what reads them"
 
 
 def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
