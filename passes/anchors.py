@@ -28,13 +28,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from moe_fx.passes.parameters import is_noted
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
     Refusal,
     Selection,
     argument,
+    is_grouped_matmul,
     is_integer,
+    same,
     shape,
     tensor_inputs,
     value,
@@ -161,7 +164,8 @@ def _looked_up(anchor: Anchor) -> Selection:
     k = _selected(anchor)
     if anchor.experts is None or not isinstance(k, int):
         raise Refusal("the graph does not say how many experts the ids are of", node)
-    lead = dims[:-1] if looked_up and len(dims) > 1 else dims
+    weighed = len(anchor.selectors) > 1 and node.op == "placeholder"
+    lead = dims[:-1] if (looked_up or weighed) and len(dims) > 1 else dims
     return Selection(
         node,
         math.prod(lead),
@@ -180,7 +184,8 @@ def _selected(anchor: Anchor) -> Any:
     node = anchor.ids if anchor.ids is not None and not _is_one_topk(anchor) else anchor.node
     if node.target is aten.topk.default:
         return argument(node, 1, "k")
-    if node.target not in SELECTS and node is anchor.node and not is_lookup_of_ids(node):
+    given = node.target not in SELECTS and not is_lookup_of_ids(node)
+    if given and node is anchor.node and len(anchor.selectors) == 1:
         return 1
     dims = shape(node)
     return dims[-1] if len(dims) > 1 else 1
@@ -203,6 +208,7 @@ class _Dispatch:
     counted: bool = False
     exact: bool = True
     certain: bool = False
+    looks_up_matrices: bool = False
     compared: set[int] = field(default_factory=set)
 
 
@@ -217,8 +223,15 @@ class _Trace:
         self.matrix: dict[Node, Node] = {}
         self.sorts: dict[Node, Node] = {}
         self.dispatches: dict[Node, _Dispatch] = {}
+        self.given: dict[Node, None] = {}
+        self.multiplies_by_group = False
 
     def visit(self, node: Node) -> None:
+        self.multiplies_by_group |= is_grouped_matmul(node)
+        if node.op == "placeholder" and is_integer(node) and shape(node) and not is_noted(node):
+            self.given[node] = None
+            self.order[node] = len(self.order)
+            self._hold_indices(node, frozenset([node]), exact=True)
         if node.op != "call_function":
             return
         if is_selector(node) and not self._maps_ids(node):
@@ -236,7 +249,8 @@ class _Trace:
             return False
         index = node.args[LOOKUPS[node.target][1]]
         indices = index if isinstance(index, (list, tuple)) else [index]
-        return any(i in self.reach for i in indices if isinstance(i, Node))
+        found = [self.reach[i] for i in indices if isinstance(i, Node) and i in self.reach]
+        return any(not reached <= self.given.keys() for reached in found)
 
     def _hold_indices(self, node: Node, selectors: frozenset[Node], exact: bool) -> None:
         self.reach[node] = selectors
@@ -262,7 +276,8 @@ class _Trace:
         if not sources or not shape(node) or not (is_integer(node) or copied):
             return
         exact = node.target in _EXACT and all(n in self.exact for n in tensor_inputs(node))
-        self._hold_indices(node, frozenset().union(*(self.reach[n] for n in sources)), exact)
+        reached = frozenset().union(*(self.reach[n] for n in sources))
+        self._hold_indices(node, reached.difference(self.given) or reached, exact)
 
     def _dispatch(self, node: Node) -> bool:
         """Whether ``node`` orders, counts, marks or looks up something by selected indices."""
@@ -300,7 +315,8 @@ class _Trace:
         experts = dims[0] if isinstance(dims[0], int) else None
         strong = len(dims) > 2 or any(n.target is aten.topk.default for n in self.reach[indices[0]])
         if strong:
-            self._note(indices[0], experts=experts, certain=True)
+            noted = self._note(indices[0], experts=experts, certain=True)
+            noted.looks_up_matrices |= len(dims) > 2
         return True
 
     def _compare(self, ids: Any, constant: Any) -> None:
@@ -331,6 +347,7 @@ class _Trace:
             found.certain |= other.certain
             found.exact &= other.exact
             found.compared |= other.compared
+            found.looks_up_matrices |= other.looks_up_matrices
         found.selectors |= selectors
         for selector in found.selectors:
             self.dispatches[selector] = found
@@ -360,7 +377,16 @@ class _Trace:
     def _is_candidate(self, selector: Node, dispatch: _Dispatch) -> bool:
         if is_selector(selector):
             return True
+        if selector in self.given and self._takes_experts(selector, dispatch):
+            return True
         return len(dispatch.compared) > 1 and _is_range(dispatch.compared)
+
+    def _takes_experts(self, ids: Node, dispatch: _Dispatch) -> bool:
+        """Whether ``ids``, which are given to the graph, bring rows to matrices, and each of them
+        must name an expert."""
+        grouped = dispatch.counted and self.multiplies_by_group
+        known = grouped or (not dispatch.counted and bool(given_weights(ids)))
+        return dispatch.looks_up_matrices or (known and dispatch.experts is not None)
 
     def _anchor(self, dispatch: _Dispatch) -> Anchor:
         selectors = tuple(sorted(dispatch.selectors, key=self.order.__getitem__))
@@ -371,7 +397,25 @@ class _Trace:
         selected = any(is_selector(n) for n in selectors)
         certain = selected and (dispatch.certain or told_apart)
         certain |= any(n.target is aten.topk.default for n in selectors)
+        if selectors[-1] in self.given:
+            weights = given_weights(selectors[-1])
+            certain = self._takes_experts(selectors[-1], dispatch)
+            selectors = (*weights, *selectors) if certain else selectors
+            certain |= told_apart and bool(weights)
         return Anchor(selectors[-1], selectors, dispatch.ids, experts, dispatch.exact, certain)
+
+
+def given_weights(ids: Node) -> list[Node]:
+    """Inputs of the graph that may weigh the rows of ``ids``, which are given too: a number for
+    each."""
+    return [
+        node
+        for node in ids.graph.find_nodes(op="placeholder")
+        if len(shape(ids)) > 1
+        and len(shape(node)) == len(shape(ids))
+        and all(map(same, shape(node), shape(ids)))
+        and value(node).dtype.is_floating_point
+    ]
 
 
 def _marked_experts(node: Node) -> int | None:

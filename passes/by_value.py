@@ -193,6 +193,9 @@ class _Reader:
         tokens = self.around.tokens_of(starts[0], pairing.inside)
         results = list(self._results(starts))
         reason = "the experts' rows are never all summed to one row per token"
+        where = self.readings.graph.output_node().meta.get("graph_break")
+        if where is not None and not results:
+            reason += f", before a graph break at {where}"
         attempts = Attempts(Refusal(reason, starts[0], 2 if results else 4))
         found: Reading | None = None
         for at, result in enumerate(results):

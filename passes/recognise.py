@@ -22,12 +22,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moe_fx.passes.anchors import Anchor, find_anchors, select
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
+from moe_fx.passes.flow import closure
 from moe_fx.passes.lineage import trace
 from moe_fx.passes.names import activation_name, has_shared_expert
 from moe_fx.passes.roles import (
@@ -99,8 +101,11 @@ def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
 
 def declined(node: Node, refusal: Refusal) -> Declined:
     forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm", "dense")
+    reason = refusal.reason
+    if node.op == "placeholder":
+        reason = f"the expert ids come from outside of this graph ({node.name}), and {reason}"
     return Declined(
-        reason=refusal.reason,
+        reason=reason,
         node=refusal.node.name,
         source=source_of(refusal.node) or source_of(node),
         nearest_form=forms[refusal.progress],
@@ -112,7 +117,7 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     selection = select(anchor)
     roles, combined, refusals = _walk(selection)
     if not combined:
-        raise _furthest(refusals, selection)
+        raise _furthest(refusals, selection, roles.of)
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
@@ -127,7 +132,7 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
         program=_program(parts, context),
         activation=activation_name(parts.body),
         has_shared_expert=has_shared_expert(parts.combined, parts.tokens),
-        source=source_of(anchor.node),
+        source=source_of(anchor.node) or source_of(parts.combined),
         input=parts.tokens.name,
         output=parts.combined.name,
         verified=False,
@@ -155,7 +160,7 @@ def recognise_by_value(
         program=_program(parts, context),
         activation=activation_name(parts.body),
         has_shared_expert=has_shared_expert(reading.result, reading.tokens, reading.base),
-        source=source_of(anchor.node),
+        source=source_of(anchor.node) or source_of(parts.combined),
         input=reading.tokens.name,
         output=reading.result.name,
         verified=False,
@@ -197,13 +202,16 @@ def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:
     return roles, combined, refusals
 
 
-def _furthest(refusals: list[Refusal], selection: Selection) -> Refusal:
+def _furthest(
+    refusals: list[Refusal], selection: Selection, of: dict[Node, Role]
+) -> Refusal:
     if not refusals:
         return Refusal("nothing reads the selected indices", selection.node)
     best = max(refusals, key=lambda refusal: refusal.progress)
-    if best.progress == 0 and any(_reads_ids(r.node, selection) for r in refusals):
-        return Refusal(_leaving(best.node.graph.output_node()), selection.node, unknown=True)
     if best.progress == 0:
+        left = _leaving(selection.node.graph.output_node(), selection, of)
+        if left:
+            return Refusal(left, selection.node, unknown=True)
         return Refusal(
             f"the selected indices never bring tokens to experts ({best.reason})",
             best.node,
@@ -212,26 +220,30 @@ def _furthest(refusals: list[Refusal], selection: Selection) -> Refusal:
     return best
 
 
-def _reads_ids(output: Node, selection: Selection) -> bool:
-    """Whether the graph's ``output`` gives selected indices, or views of them, to its caller."""
-    if output.op != "output":
-        return False
-    for node in output.all_input_nodes:
-        while node.op == "call_function" and node not in selection.selectors:
-            if not is_integer(node) or not tensor_inputs(node):
-                break
-            node = tensor_inputs(node)[0]
-        if node in selection.selectors and node.op == "call_function":
-            return True
-    return False
-
-
-def _leaving(output: Node) -> str:
+def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
+    """What of the layer is given to the graph's caller, and why; "" if nothing is."""
+    given = output.all_input_nodes
+    if any(isinstance(of.get(node), (Rows, RowTable, Grouped)) for node in given):
+        left = "rows on their way to experts and back leave the graph"
+    elif any(is_integer(node) and _is_selected(node, selection) for node in given):
+        left = "the selected ids leave the graph, and nothing in it brings tokens to experts by them"
+    else:
+        return ""
     where = output.meta.get("graph_break")
-    left = "the selected ids leave the graph, and nothing in it brings tokens to experts by them"
     if where is None:
         return f"{left}: what reads them is not in what is compiled"
     return f"{left}: a graph break at {where} stands between the router and what reads them"
+
+
+def _is_selected(node: Node, selection: Selection) -> bool:
+    """Whether ``node`` is made of selected indices, by ops on integers."""
+
+    def integers(node: Node) -> list[Node]:
+        above = [] if node in selection.selectors else tensor_inputs(node)
+        return [n for n in above if is_integer(n) or not isinstance(value(n), Tensor)]
+
+    selected = [n for n in selection.selectors if n.op == "call_function"]
+    return not closure([node], integers).isdisjoint(selected)
 
 
 def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:

@@ -8,8 +8,8 @@ added to rows (retrieved values, biases) are cheaper to look up than to exchange
 
 Pseudo-code::
 
-    for table: refuse if it is made from the selection, from the tokens (above parameters), by chance,
-        or from parameters and another input, which may differ between ranks
+    for table: refuse if it is made from the selection, from the tokens (above parameters), by
+        chance, or from parameters and another input, which may differ between ranks
     refuse if no matmul is in the body
 """
 
