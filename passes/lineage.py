@@ -226,4 +226,3 @@ class _Tracer:
                     gathers |= self._gathered[source]
             self._gathered[current] = gathers
         return self._gathered[node]
-

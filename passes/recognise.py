@@ -103,13 +103,14 @@ def declined(node: Node, refusal: Refusal) -> Declined:
     forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm", "dense")
     reason = refusal.reason
     if node.op == "placeholder":
-        reason = f"the expert ids come from outside of this graph ({node.name}), and {reason}"
+        outside = f"the expert ids come from outside of this graph ({node.name})"
+        reason = outside if refusal.unknown else f"{outside}, and {reason}"
     return Declined(
         reason=reason,
         node=refusal.node.name,
         source=source_of(refusal.node) or source_of(node),
         nearest_form=forms[refusal.progress],
-        reads_experts=not refusal.no_experts,
+        reads_experts=node.op == "placeholder" or not refusal.no_experts,
     )
 
 
@@ -202,9 +203,7 @@ def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:
     return roles, combined, refusals
 
 
-def _furthest(
-    refusals: list[Refusal], selection: Selection, of: dict[Node, Role]
-) -> Refusal:
+def _furthest(refusals: list[Refusal], selection: Selection, of: dict[Node, Role]) -> Refusal:
     if not refusals:
         return Refusal("nothing reads the selected indices", selection.node)
     best = max(refusals, key=lambda refusal: refusal.progress)
@@ -226,13 +225,13 @@ def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
     if any(isinstance(of.get(node), (Rows, RowTable, Grouped)) for node in given):
         left = "rows on their way to experts and back leave the graph"
     elif any(is_integer(node) and _is_selected(node, selection) for node in given):
-        left = "the selected ids leave the graph, and nothing in it brings tokens to experts by them"
+        left = "the selected indices never bring tokens to experts here: they leave the graph"
     else:
         return ""
     where = output.meta.get("graph_break")
     if where is None:
-        return f"{left}: what reads them is not in what is compiled"
-    return f"{left}: a graph break at {where} stands between the router and what reads them"
+        return f"{left}, for what is not compiled with it"
+    return f"{left}, for what is behind the graph break at {where}"
 
 
 def _is_selected(node: Node, selection: Selection) -> bool:
