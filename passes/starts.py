@@ -45,7 +45,7 @@ class Starts:
 
     def reads_table(self, node: Node) -> bool:
         """Whether ``node`` is an op on tokens that reads a table with a matrix per expert."""
-        if node.op != "call_function" or node in self.around.logits:
+        if node.op != "call_function" or node in self.around.logits or self.around.is_above(node):
             return False
         if self.around.what(node) not in ("mixed", "activation"):
             return False
