@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -272,18 +273,51 @@ SPELLINGS: dict[str, Callable[..., Tensor]] = {
 
 
 class Layer(nn.Module):
-    def __init__(self, table: str, spelling: str) -> None:
+    """times: how often tokens pass through the layer, with the same parameters."""
+
+    def __init__(self, table: str, spelling: str, times: int = 1) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
         with torch.no_grad():
             self.gate.weight.copy_(_drawn(EXPERTS, HIDDEN, seed=3))
         self.experts = nn.ModuleList([TABLES[table](10), TABLES[table](20)])
-        self.spelling = spelling
+        self.spelling, self.times = spelling, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            weights, ids = torch.softmax(self.gate(x), -1).topk(TOP_K)
+            x = x + SPELLINGS[self.spelling](x, weights, ids, *self.experts)
+        return x
+
+
+class OwnTable(nn.Module):
+    """One expert's matrix with its adapter, as a module."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_drawn(HIDDEN, WIDTH, seed=seed) / 4)
+        self.a = nn.Parameter(_drawn(HIDDEN, RANK, seed=seed + 1) / 4)
+        self.b = nn.Parameter(_drawn(RANK, WIDTH, seed=seed + 2) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight + self.a @ self.b)
+
+
+class ModuleListLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        pairs = [(OwnTable(10 * e), nn.ReLU(), OwnTable(10 * e + 5)) for e in range(EXPERTS)]
+        self.experts = nn.ModuleList([nn.Sequential(*pair) for pair in pairs])
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = torch.softmax(self.gate(x), -1).topk(TOP_K)
-        return x + SPELLINGS[self.spelling](x, weights, ids, *self.experts)
+        out = torch.zeros_like(x)
+        for at, expert in enumerate(self.experts):
+            out = out + (weights * (ids == at)).sum(-1, keepdim=True) * expert(x)
+        return out
 
 
 # -- on a rank -------------------------------------------------------------------------------------
@@ -299,8 +333,8 @@ def keeping(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """On a rank. error, gradient_error: relative to eager's; gathers: left in the graph; codes:
-    entries of the largest tensor of integers that an op of the rewritten graph reads."""
+    """On a rank. error, gradient_error: relative to eager's, the largest; gathers: left in the
+    graph that the base compiler got."""
 
     regions: int
     reasons: tuple[str, ...]
@@ -334,7 +368,7 @@ def shown(
     reports: list[moe_fx.Report] = []
     options = {"base": base, "on_report": reports.append, **given}
     if program == "gathered":
-        shard_experts(model, group, params=sharded)
+        shard_experts(model, group, params=_of_experts(model, sharded))
     else:
         options["ep_group"] = group
     _GRAPHS.clear()
@@ -365,8 +399,25 @@ def shown(
     )
 
 
+def _of_experts(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the parameters with an entry for each expert."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if any(fnmatchcase(name, pattern) for pattern in patterns) and parameter.shape[0] == EXPERTS
+    ]
+
+
 def layer(rank: int, table: str, spelling: str, program: str, **given: Any) -> Seen:
     return shown(rank, Layer(table, spelling), program, **given)
+
+
+def twice(rank: int, table: str, spelling: str, program: str, **given: Any) -> Seen:
+    return shown(rank, Layer(table, spelling, times=2), program, **given)
+
+
+def listed(rank: int, **given: Any) -> Seen:
+    return shown(rank, ModuleListLayer(), "replicated", **given)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
