@@ -78,15 +78,15 @@ class Entry:
 def entry_of(node: Node, experts: int) -> Entry | None:
     """The expert whose entry or block of another tensor ``node`` is."""
     if node.target is aten.select.int:
-        source, dim, at = node.args
-        if dim == 0 and isinstance(at, int) and same(shape(source)[0], experts):
-            return Entry(source, at % experts, None)  # type: ignore[arg-type]
+        whole, dim, at = node.args
+        if dim == 0 and isinstance(at, int) and same(shape(whole)[0], experts):
+            return Entry(whole, at % experts, None)  # type: ignore[arg-type]
     if node.target is aten.slice.Tensor and argument(node, 1, "dim", 0) == 0:
         source: Any = node.args[0]
         total, first = shape(source)[0], argument(node, 2, "start")
         rows = total // experts if isinstance(total, int) and total % experts == 0 else 0
-        whole = isinstance(first, int) and rows and 0 <= first < total and first % rows == 0
-        if whole and argument(node, 4, "step", 1) == 1 and same(shape(node)[0], rows):
+        begins = isinstance(first, int) and rows and 0 <= first < total and first % rows == 0
+        if begins and argument(node, 4, "step", 1) == 1 and same(shape(node)[0], rows):
             return Entry(source, first // rows, rows)
     if node.target is operator.getitem:
         pieces, at = node.args

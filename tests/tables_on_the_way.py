@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import register_backend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 import moe_fx
@@ -378,7 +379,8 @@ def shown(
         compiled = torch.compile(model, backend="moe_fx", fullgraph=True, options=options)
         try:
             found = compiled(x)
-        except moe_fx.NothingMatched:
+        except BackendCompilerFailed as error:
+            assert "NothingMatched" in str(error)
             strict_raised, found = True, expected
     worst = 0.0
     if training and not strict_raised:
@@ -408,16 +410,19 @@ def _of_experts(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     ]
 
 
-def layer(rank: int, table: str, spelling: str, program: str, **given: Any) -> Seen:
-    return shown(rank, Layer(table, spelling), program, **given)
+def layer(
+    rank: int, table: str, spelling: str, program: str, given: dict[str, Any] | None = None
+) -> Seen:
+    """given: options, or arguments of `shown`."""
+    return shown(rank, Layer(table, spelling), program, **(given or {}))
 
 
-def twice(rank: int, table: str, spelling: str, program: str, **given: Any) -> Seen:
-    return shown(rank, Layer(table, spelling, times=2), program, **given)
+def twice(rank: int, table: str, spelling: str, program: str) -> Seen:
+    return shown(rank, Layer(table, spelling, times=2), program)
 
 
-def listed(rank: int, **given: Any) -> Seen:
-    return shown(rank, ModuleListLayer(), "replicated", **given)
+def listed(rank: int) -> Seen:
+    return shown(rank, ModuleListLayer(), "replicated")
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

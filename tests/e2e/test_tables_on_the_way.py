@@ -68,15 +68,15 @@ def test_from_replicated_parameters(table: str, spelling: str, ranks: RankPool) 
 
 @pytest.mark.parametrize("spelling", ["grouped", "loop_inside"])
 def test_in_chunks_of_experts(spelling: str, ranks: RankPool) -> None:
-    for seen in ranks.run(layer, "lora", spelling, "gathered", overlap=2, timeout=120.0):
+    for seen in ranks.run(layer, "lora", spelling, "gathered", {"overlap": 2}, timeout=120.0):
         check(seen)
 
 
 def test_some_parts_sharded_and_others_replicated(ranks: RankPool) -> None:
     """The weight is sharded, the adapters are not: their slices go to the owner."""
-    given = {"sharded": ("experts.*.weight",), "timeout": 120.0}
+    given = {"sharded": ("experts.*.weight",)}
     for spelling in ("gathered", "loop_inside"):
-        for seen in ranks.run(layer, "lora", spelling, "gathered", **given):
+        for seen in ranks.run(layer, "lora", spelling, "gathered", given, timeout=120.0):
             check(seen)
 
 
@@ -90,7 +90,8 @@ def test_experts_that_are_mixed_are_declined(spelling: str, ranks: RankPool) -> 
 
 
 def test_strict_refuses_experts_that_are_mixed(ranks: RankPool) -> None:
-    for seen in ranks.run(layer, "centred", "gathered", "gathered", strict=True, timeout=120.0):
+    given = {"strict": True}
+    for seen in ranks.run(layer, "centred", "gathered", "gathered", given, timeout=120.0):
         assert seen.strict_raised
 
 
