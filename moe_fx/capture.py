@@ -43,6 +43,8 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     merge_gathers(graph_module.graph, path_of)
     _make_copies_differentiable(graph_module)
     _note_values(graph_module, inputs)
+    _note_parameters(graph_module, module, inputs)
+    _note_graph_break(graph_module, module)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
@@ -92,6 +94,24 @@ def _is_mask(given: Tensor) -> bool:
     if not given.is_floating_point():
         return not given.is_complex()
     return given.dtype.itemsize > 1 and bool(((given == 0) | (given == 1)).all())
+
+
+def _note_parameters(traced: GraphModule, module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Which inputs are parameters or buffers of the model, and so hold no tokens: Dynamo notes that
+    of those that a module holds."""
+    ours, theirs = (each.graph.find_nodes(op="placeholder") for each in (traced, module))
+    for node, given, value in zip(ours, theirs, inputs, strict=True):
+        static = "_dynamo_static_input_type" in given.meta.get("tensor_dict", {})
+        if static or isinstance(value, torch.nn.Parameter):
+            node.meta["parameter"] = True
+
+
+def _note_graph_break(traced: GraphModule, module: GraphModule) -> None:
+    """``file:line`` in the model where Dynamo ended the graph, if that is a graph break."""
+    ended = getattr(module, "compile_subgraph_reason", None)
+    if ended is not None and ended.graph_break and ended.user_stack:
+        frame = ended.user_stack[-1]
+        traced.graph.output_node().meta["graph_break"] = f"{frame.filename}:{frame.lineno}"
 
 
 def _make_copies_differentiable(module: GraphModule) -> None:

@@ -28,13 +28,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from moe_fx.passes.parameters import is_noted
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
     Refusal,
     Selection,
     argument,
+    is_grouped_matmul,
     is_integer,
+    same,
     shape,
     tensor_inputs,
     value,
@@ -180,7 +183,8 @@ def _looked_up(anchor: Anchor) -> Selection:
     if anchor.experts is None or not isinstance(k, int):
         raise Refusal("the graph does not say how many experts the ids are of", node)
     _check_known_ids(node, anchor.experts)
-    lead = dims[:-1] if looked_up and len(dims) > 1 else dims
+    weighed = len(anchor.selectors) > 1 and node.op == "placeholder"
+    lead = dims[:-1] if (looked_up or weighed) and len(dims) > 1 else dims
     return Selection(
         node,
         math.prod(lead),
@@ -218,7 +222,8 @@ def _selected(anchor: Anchor) -> Any:
     node = anchor.ids if anchor.ids is not None and not _is_one_topk(anchor) else anchor.node
     if node.target is aten.topk.default:
         return argument(node, 1, "k")
-    if node.target not in SELECTS and node is anchor.node and not is_lookup_of_ids(node):
+    given = node.target not in SELECTS and not is_lookup_of_ids(node)
+    if given and node is anchor.node and len(anchor.selectors) == 1:
         return 1
     dims = shape(node)
     return dims[-1] if len(dims) > 1 else 1
@@ -241,6 +246,7 @@ class _Dispatch:
     counted: bool = False
     exact: bool = True
     certain: bool = False
+    looks_up_matrices: bool = False
     compared: set[int] = field(default_factory=set)
 
 
@@ -255,11 +261,18 @@ class _Trace:
         self.matrix: dict[Node, Node] = {}
         self.sorts: dict[Node, Node] = {}
         self.dispatches: dict[Node, _Dispatch] = {}
+        self.given: dict[Node, None] = {}
+        self.multiplies_by_group = False
 
     def visit(self, node: Node) -> None:
+        self.multiplies_by_group |= is_grouped_matmul(node)
+        if node.op == "placeholder" and is_integer(node) and shape(node) and not is_noted(node):
+            self.given[node] = None
+            self.order[node] = len(self.order)
+            self._hold_indices(node, frozenset([node]), exact=True)
         if node.op != "call_function":
             return
-        if is_selector(node):
+        if is_selector(node) and not self._maps_ids(node):
             self.order[node] = len(self.order)
             if isinstance(value(node), Tensor):
                 self._hold_indices(node, frozenset([node]), exact=True)
@@ -267,6 +280,15 @@ class _Trace:
             self._tuple_item(node)
         elif not self._dispatch(node):
             self._follow(node)
+
+    def _maps_ids(self, node: Node) -> bool:
+        """Whether ``node`` looks up other ids for selected ones: one selection, not two."""
+        if node.target not in LOOKUPS or not is_lookup_of_ids(node):
+            return False
+        index = node.args[LOOKUPS[node.target][1]]
+        indices = index if isinstance(index, (list, tuple)) else [index]
+        found = [self.reach[i] for i in indices if isinstance(i, Node) and i in self.reach]
+        return any(not reached <= self.given.keys() for reached in found)
 
     def _hold_indices(self, node: Node, selectors: frozenset[Node], exact: bool) -> None:
         self.reach[node] = selectors
@@ -292,7 +314,8 @@ class _Trace:
         if not sources or not shape(node) or not (is_integer(node) or copied):
             return
         exact = node.target in _EXACT and all(n in self.exact for n in tensor_inputs(node))
-        self._hold_indices(node, frozenset().union(*(self.reach[n] for n in sources)), exact)
+        reached = frozenset().union(*(self.reach[n] for n in sources))
+        self._hold_indices(node, reached.difference(self.given) or reached, exact)
 
     def _dispatch(self, node: Node) -> bool:
         """Whether ``node`` orders, counts, marks or looks up something by selected indices."""
@@ -311,7 +334,7 @@ class _Trace:
         elif node.target in _MARKS:
             marked = [n for n in node.all_input_nodes if n in self.reach]
             for ids in marked:
-                self._note(ids)
+                self._note(ids, experts=_marked_experts(node))
             return bool(marked)
         else:
             return False
@@ -330,7 +353,8 @@ class _Trace:
         experts = dims[0] if isinstance(dims[0], int) else None
         strong = len(dims) > 2 or any(n.target is aten.topk.default for n in self.reach[indices[0]])
         if strong:
-            self._note(indices[0], experts=experts, certain=True)
+            noted = self._note(indices[0], experts=experts, certain=True)
+            noted.looks_up_matrices |= len(dims) > 2
         return True
 
     def _compare(self, ids: Any, constant: Any) -> None:
@@ -361,6 +385,7 @@ class _Trace:
             found.certain |= other.certain
             found.exact &= other.exact
             found.compared |= other.compared
+            found.looks_up_matrices |= other.looks_up_matrices
         found.selectors |= selectors
         for selector in found.selectors:
             self.dispatches[selector] = found
@@ -390,7 +415,16 @@ class _Trace:
     def _is_candidate(self, selector: Node, dispatch: _Dispatch) -> bool:
         if is_selector(selector):
             return True
+        if selector in self.given and self._takes_experts(selector, dispatch):
+            return True
         return len(dispatch.compared) > 1 and _is_range(dispatch.compared)
+
+    def _takes_experts(self, ids: Node, dispatch: _Dispatch) -> bool:
+        """Whether ``ids``, which are given to the graph, bring rows to matrices, and each of them
+        must name an expert."""
+        grouped = dispatch.counted and self.multiplies_by_group
+        known = grouped or (not dispatch.counted and bool(given_weights(ids)))
+        return dispatch.looks_up_matrices or (known and dispatch.experts is not None)
 
     def _anchor(self, dispatch: _Dispatch) -> Anchor:
         selectors = tuple(sorted(dispatch.selectors, key=self.order.__getitem__))
@@ -401,7 +435,36 @@ class _Trace:
         selected = any(is_selector(n) for n in selectors)
         certain = selected and (dispatch.certain or told_apart)
         certain |= any(n.target is aten.topk.default for n in selectors)
+        if selectors[-1] in self.given:
+            weights = given_weights(selectors[-1])
+            certain = self._takes_experts(selectors[-1], dispatch)
+            selectors = (*weights, *selectors) if certain else selectors
+            certain |= told_apart and bool(weights)
         return Anchor(selectors[-1], selectors, dispatch.ids, experts, dispatch.exact, certain)
+
+
+def given_weights(ids: Node) -> list[Node]:
+    """Inputs of the graph that may weigh the rows of ``ids``, which are given too: a number for
+    each."""
+    return [
+        node
+        for node in ids.graph.find_nodes(op="placeholder")
+        if len(shape(ids)) > 1
+        and len(shape(node)) == len(shape(ids))
+        and all(map(same, shape(node), shape(ids)))
+        and value(node).dtype.is_floating_point
+    ]
+
+
+def _marked_experts(node: Node) -> int | None:
+    """How many experts a one-hot, or a scatter into a row per token, tells apart."""
+    if node.target is aten.one_hot.default:
+        classes = argument(node, 1, "num_classes", -1)
+        return classes if isinstance(classes, int) and classes > 0 else None
+    if node.target is aten.eq.Tensor:
+        return None
+    columns = shape(node)[argument(node, 1, "dim")]
+    return columns if isinstance(columns, int) else None
 
 
 def _is_range(numbers: Iterable[int]) -> bool:

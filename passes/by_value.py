@@ -37,13 +37,16 @@ from moe_fx.compat import FakeValues
 from moe_fx.passes.anchors import Anchor, select
 from moe_fx.passes.copies import Copies, Pairing
 from moe_fx.passes.extract import extract, structure
+from moe_fx.passes.flow import closure
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
+    ByChance,
     NoExperts,
     Refusal,
     Selection,
     is_pointwise,
+    is_random,
     same,
     shape,
     tensor_inputs,
@@ -206,11 +209,17 @@ class _Reader:
 
     def read_from(self, starts: list[Node], pairing: Pairing) -> Reading:
         tokens = self.around.tokens_of(starts[0], pairing.inside)
-        attempts = Attempts(
-            Refusal("the experts' rows are never all summed to one row per token", starts[0], 4)
-        )
+        results = list(self._results(starts))
+        reason = "the experts' rows are never all summed to one row per token"
+        where = self.readings.graph.output_node().meta.get("graph_break")
+        if where is not None and not results:
+            reason += f", before a graph break at {where}"
+        attempts = Attempts(Refusal(reason, starts[0], 2 if results else 4))
         found: Reading | None = None
-        for result in self._results(starts):
+        for at, result in enumerate(results):
+            with attempts:
+                if at == 0:
+                    self._check_chance(tokens, starts, pairing, result)
             with attempts:
                 reading = self._reading(tokens, starts, pairing, result)
                 if reading.weighing.node is not None:
@@ -278,7 +287,7 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        proof = self.readings.prove(trials, self.ids, body, base)
+        proof = self._proof(trials, body, base, layout)
         weighing = proof.weighing
         return Reading(
             selection=self.selection,
@@ -300,6 +309,33 @@ class _Reader:
             return "logits" if node in self.around.logits else kind_of(node)
 
         return tuple(Effect(n.name, what(n), by) for n, by in proof.changes.items())
+
+    def _check_chance(
+        self, tokens: list[Node], starts: list[Node], pairing: Pairing, result: Node
+    ) -> None:
+        """Nothing random is in the experts, nor on the way to where their rows first meet."""
+        between = set(self._between(tokens, result))
+        rows = closure(starts, lambda node: between.intersection(node.users))
+        rows |= closure(starts, lambda node: between.intersection(node.all_input_nodes))
+        chance = next(filter(is_random, sorted(rows | pairing.inside)), None)
+        if chance is not None:
+            raise ByChance(chance)
+
+    def _proof(self, trials: Trials, body: Body, base: Node | None, layout: RowLayout) -> Proof:
+        try:
+            return self.readings.prove(trials, self.ids, body, base)
+        except Refusal as refusal:
+            for node in filter(self.starts.reads_table, trials.nodes):
+                if refusal.progress == 6 and node not in layout.laid:
+                    self._explain(layout, node)
+            raise
+
+    def _explain(self, layout: RowLayout, node: Node) -> None:
+        """Why rows that meet a table of experts in ``node`` were not read up to there."""
+        try:
+            layout.lay(node)
+        except Refusal as refusal:
+            raise Refusal(refusal.reason, refusal.node, 6) from None
 
     def _layout(self, tokens: list[Node], pairing: Pairing) -> RowLayout:
         return RowLayout(

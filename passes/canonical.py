@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.compat import FakeValues
 from moe_fx.passes.by_value import Reading
-from moe_fx.passes.gathers import gather_above
+from moe_fx.passes.lineage import trace
 from moe_fx.passes.roles import (
     PairIds,
     PerToken,
@@ -93,8 +93,11 @@ class _Builder:
         after = None if reading.weighing.before else weights
         sizes = [num_tokens, *shape(cut)[1:]]
         combined = self.call(ops.unpermute.default, cut, row_map, after, sizes)
-        check_tables(tables, reading.tokens, body, {n: PerToken() for n in self._selected()})
-        gathers = [found for found in map(gather_above, tables) if found is not None]
+        experts = reading.selection.num_experts
+        selected: dict[Node, Role] = {n: PerToken() for n in self._selected()}
+        check_tables(tables, reading.tokens, body, selected, experts)
+        whole = self._whole([tokens, ids, weights, *tables])
+        lineage = trace(tables, experts, whole)
         return Parts(
             select=reading.selection.node,
             tokens=tokens,
@@ -107,7 +110,7 @@ class _Builder:
             combined=combined,
             dispatched=(rows,),
             tables=tuple(tables),
-            gathers=tuple(gathers),
+            gathers=tuple(lineage.gathers.values()),
             roles=self.roles,
             distinct=False,
             weighs_tokens=reading.weighing.before,
@@ -179,26 +182,33 @@ class _Builder:
         for placeholder, of in body.operands.items():
             stands_for = of if isinstance(of, Node) else self.outer(aten.stack.default, list(of))
             nodes[placeholder] = stands_for
-        chain = {nodes[t] for t in body.tables}
+        made = {nodes[t] for t in body.tables}
+        whole = set(nodes.values()) - {rows, offsets, nodes.get(body.ids)}
         run: list[Node] = []
         for step in body.graph.nodes:
             if step.op != "call_function":
                 continue
             args, kwargs = map_arg((step.args, step.kwargs), nodes.__getitem__)
             inputs = [nodes[n] for n in step.all_input_nodes]
-            on_table = inputs[0] in chain and len(inputs) == 1
+            on_table = not made.isdisjoint(inputs) and whole.issuperset(inputs)
             added = (self.outer if on_table else self.call)(step.target, *args, **kwargs)
             nodes[step] = added
             if on_table:
-                chain.add(added)
+                made.add(added)
+                whole.add(added)
                 continue
-            tables |= dict.fromkeys(n for n in inputs if n in chain)
-            of_table = step.target is aten.index.Tensor and inputs[0] in chain
+            tables |= dict.fromkeys(n for n in inputs if n in made)
+            of_table = step.target is aten.index.Tensor and inputs[0] in made
             self.roles[added] = RowTable("sorted") if of_table else Rows("sorted", "expert")
             run.append(added)
         result = body.graph.output_node().args[0]
         assert isinstance(result, Node)
         return nodes[result], list(tables), run
+
+    def _whole(self, known: list[Node | None]) -> list[Node]:
+        """What the region reads besides ``known``."""
+        read = {source for node in self.inside for source in tensor_inputs(node)}
+        return sorted(read - {*self.inside, *known})
 
     def _selected(self) -> list[Node]:
         """All that depends on the selection, up to the captured result."""

@@ -110,8 +110,8 @@ def paired(
             if any(node.op != first.op for node in nodes):
                 return None
             differ[first] = nodes
-        elif first.target in _COUNTED and parameters(first):
-            differ[first] = nodes
+        elif parameters(first) and (first.target in _COUNTED or len(first.all_input_nodes) > 1):
+            differ[first] = nodes  # computed from several parameters: as captured, for each expert
         else:
             inputs = [node.all_input_nodes for node in nodes]
             if len({node.target for node in nodes}) > 1 or len(set(map(len, inputs))) > 1:

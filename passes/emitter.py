@@ -3,8 +3,9 @@
 `Emitter.experts` emits the captured body on rows of a slice of the local experts: ops on rows as
 captured, matmuls with per-expert tables as ``grouped_mm``, permutations left out (rows on this side
 stand in one order). Tables are cut to the slice: the shard of a gathered table, a view of a
-replicated one, the matrices themselves where a table is a stack of separate ones. Casts at either
-end of the body may be left to the tokens' side (`narrow.py`).
+replicated one, the matrices themselves where a table is a stack of separate ones; a table that is
+computed from such is computed from the slice's (`lineage.py`). Casts at either end of the body may
+be left to the tokens' side (`narrow.py`).
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.lineage import Lineage, entry_of, trace
 from moe_fx.passes.narrow import Narrow, is_permuting, narrow
+from moe_fx.passes.per_expert import cut_call
 from moe_fx.passes.roles import (
     VIEWS,
     PairIds,
     Rows,
     RowTable,
     is_grouped_matmul,
-    is_unary_rowwise,
     shape,
     value,
 )
@@ -88,10 +90,20 @@ class Emitter:
         return node in self._narrow.casts or node is self._narrow.widens
 
     def owned(self, table: Node) -> Node:
-        """``[E, ...] -> [E/W, ...]``: the shard of a gathered table, a view of a replicated one."""
+        """``[E, ...] -> [E/W, ...]``: what this rank's experts have of ``table``, made of what they
+        have of its sources (`lineage.py`). Where no token travels every expert is local: gathers
+        over one rank are left out, all else is as captured."""
         if table not in self._owned:
             self._owned[table] = self._own(table)
         return self._owned[table]
+
+    def member(self, node: Node, expert: int) -> Node:
+        """``node``, which is of one local expert only, made of what this rank has."""
+        if node not in self.lineage.members or self.plan.strategy == "gather_weights":
+            return node
+        if node not in self._owned:
+            self._owned[node] = self._member(node, expert)
+        return self._owned[node]
 
     def piece(self, owned: Node, at: int) -> Node:
         """Slice ``at`` of the local experts; one split for all slices, so that there is one
@@ -103,30 +115,46 @@ class Emitter:
             self._splits[owned] = self.call(aten.split.Tensor, owned, count)
         return self.item(self._splits[owned], at)
 
-    def _own(self, table: Node) -> Node:
-        gather = gather_of(table)
-        if gather is not None:
-            return table if self.plan.strategy == "gather_weights" else gather.shard
-        if not self.plan.exchanges:
-            return self._ungathered(table)
-        if table.op == "call_function" and is_unary_rowwise(table):
-            source = table.args[0]
-            assert isinstance(source, Node)
-            if table.target in VIEWS:
-                sizes = [self.plan.local_experts, *shape(table)[1:]]
-                return self.call(aten.reshape.default, self.owned(source), sizes)
-            return self.copy(table, lambda n: self.owned(n) if n is source else n)
-        first = self.plan.first_expert
-        return self.call(aten.slice.Tensor, table, 0, first, first + self.plan.local_experts)
+    @cached_property
+    def lineage(self) -> Lineage:
+        return trace(self.parts.tables, self.plan.num_experts)
 
-    def _ungathered(self, table: Node) -> Node:
-        """Where every expert is local a shard is the whole: drop the gather below, if any."""
-        if table.op != "call_function" or not is_unary_rowwise(table):
+    def _own(self, table: Node) -> Node:
+        lineage, plan = self.lineage, self.plan
+        if plan.strategy == "gather_weights":
             return table
-        source = table.args[0]
-        assert isinstance(source, Node)
-        local = self.owned(source)
-        return table if local is source else self.copy(table, lambda n: local if n is source else n)
+        if table in lineage.gathers:
+            return lineage.gathers[table].shard
+        first, kept = plan.first_expert, plan.local_experts
+        if table in lineage.stacks:
+            members = lineage.stacks[table][first : first + kept]
+            own = [self.member(node, first + at) for at, node in enumerate(members)]
+            if own == list(lineage.stacks[table]):
+                return table
+            return self.call(table.target, own)  # type: ignore[arg-type]
+        if table in lineage.steps:
+            own_of = {source: self.owned(source) for source in lineage.steps[table]}
+            if all(source is own for source, own in own_of.items()) and not plan.exchanges:
+                return table
+            call = cut_call(table, plan.num_experts, kept)
+            op, args, kwargs = map_arg(call, lambda n: own_of.get(n, n))
+            cut = self.call(op, *args, **kwargs)
+            cut.meta["stack_trace"] = table.meta.get("stack_trace", self.trace)
+            return cut
+        if not plan.exchanges:
+            return table
+        block = shape(table)[0] // plan.num_experts
+        ends = (first * block, (first + kept) * block)
+        return self.call(aten.slice.Tensor, table, 0, *ends)
+
+    def _member(self, node: Node, expert: int) -> Node:
+        entry = entry_of(node, self.plan.num_experts)
+        if entry is None:
+            return self.copy(node, lambda n: self.member(n, expert))
+        own, at = self.owned(entry.source), expert - self.plan.first_expert
+        if entry.rows is None:
+            return self.call(aten.select.int, own, 0, at)
+        return self.call(aten.slice.Tensor, own, 0, at * entry.rows, (at + 1) * entry.rows)
 
 
 def weighed(emitter: Emitter, rows: Node, factor: Node) -> Node:
@@ -204,7 +232,7 @@ class _Experts:
 
     def _separate(self, table: Node) -> list[Node] | None:
         """The slice's matrices behind a table that is a stack of them, so that no copy is made."""
-        if table.target is aten.stack.default:
+        if self._is_stack(table):
             return self._stacked(table)
         if table.target is not aten.transpose.int:
             return None
@@ -215,11 +243,15 @@ class _Experts:
             return None
         return [self.call(aten.transpose.int, matrix, 0, 1) for matrix in matrices]
 
+    def _is_stack(self, table: Node) -> bool:
+        return table.target is aten.stack.default and table in self.emitter.lineage.stacks
+
     def _stacked(self, table: Node) -> list[Node]:
-        matrices: Any = table.args[0]
+        matrices = self.emitter.lineage.stacks[table]
         count = self.plan.experts_per_slice
         first = self.plan.first_expert + self.at * count
-        return list(matrices[first : first + count])
+        local = range(first, first + count)
+        return [self.emitter.member(matrices[expert], expert) for expert in local]
 
     def _rows(self, node: Any) -> Any:
         """The value on this side of a node the captured body reads."""
@@ -259,6 +291,6 @@ class _Experts:
         return isinstance(self.parts.roles.get(node), PairIds)
 
     def _local(self, table: Any) -> Node:
-        if table.target is aten.stack.default:
+        if self._is_stack(table):
             return self.call(aten.stack.default, self._stacked(table))
         return self.emitter.piece(self.emitter.owned(table), self.at)

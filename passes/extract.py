@@ -11,13 +11,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from moe_fx.passes.gathers import gather_of
+from moe_fx.passes.lineage import trace
 from moe_fx.passes.on_host import on_host
-from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.passes.typical import constant_of
 from moe_fx.region import Parts, Region
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -84,32 +81,12 @@ def _kind(node: Node) -> str:
     return str(val) if isinstance(val, (torch.SymInt, int)) else type(val).__name__
 
 
-def table_chain(table: Node) -> list[Node]:
-    """The nodes between a per-expert table and where its experts come from (a parameter, a shard or
-    separate parameters), those excluded, in graph order."""
-    chain: list[Node] = []
-    node = table
-    while True:
-        if gather_of(node) is not None:
-            start = node.args[0]
-            assert isinstance(start, Node)
-            return [start, node, *chain]
-        if node.target is aten.stack.default:
-            return [node, *chain]
-        if node.op != "call_function" or not is_unary_rowwise(node):
-            return chain
-        chain.insert(0, node)
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
-
-
 def extract_region(region: Region) -> tuple[Extract, Region]:
-    """The region alone, from tokens, ids, weights and tables (or shards) to the combined result,
-    and the same `Region` speaking of the copied nodes."""
+    """The region alone, from tokens, ids, weights and what the tables come from (parameters or
+    shards) to the combined result, and the same `Region` speaking of the copied nodes."""
     parts = region.parts
-    chains = list(dict.fromkeys(n for table in parts.tables for n in table_chain(table)))
-    alone = extract([*chains, *parts.nodes], [parts.combined])
+    made = trace(parts.tables, region.num_experts).nodes()
+    alone = extract([*made, *parts.nodes], [parts.combined])
     return alone, replace(region, parts=translate(parts, alone.copies))
 
 

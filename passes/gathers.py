@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch.fx import Graph, Node
 
-from moe_fx.passes.roles import is_unary_rowwise
 from moe_fx.region import Gather
 
 _FUNCTIONAL = torch.ops._c10d_functional
@@ -29,18 +28,6 @@ def gather_of(node: Node) -> Gather | None:
     shard, world_size, group_name = start.args
     assert isinstance(shard, Node) and isinstance(world_size, int) and isinstance(group_name, str)
     return Gather(node, shard, group_name, world_size)
-
-
-def gather_above(table: Node) -> Gather | None:
-    """The gather a per-expert table comes from, through ops that keep experts apart."""
-    node = table
-    while True:
-        found = gather_of(node)
-        if found is not None or not is_unary_rowwise(node):
-            return found
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
 
 
 def erase_if_unread(gather: Gather) -> None:

@@ -22,13 +22,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moe_fx.passes.anchors import Anchor, find_anchors, holds_selected, select
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
-from moe_fx.passes.gathers import gather_above
+from moe_fx.passes.flow import closure
+from moe_fx.passes.lineage import trace
 from moe_fx.passes.names import activation_name, has_shared_expert
 from moe_fx.passes.roles import (
     Combined,
@@ -42,7 +44,9 @@ from moe_fx.passes.roles import (
     RowTable,
     Selection,
     is_grouped_matmul,
+    is_integer,
     shape,
+    tensor_inputs,
     value,
 )
 from moe_fx.passes.router import RouterCache, recognise_router
@@ -97,12 +101,16 @@ def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
 
 def declined(node: Node, refusal: Refusal) -> Declined:
     forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm", "dense")
+    reason = refusal.reason
+    if node.op == "placeholder":
+        outside = f"the expert ids come from outside of this graph ({node.name})"
+        reason = outside if refusal.unknown else f"{outside}, and {reason}"
     return Declined(
-        reason=refusal.reason,
+        reason=reason,
         node=refusal.node.name,
         source=source_of(refusal.node) or source_of(node),
         nearest_form=forms[refusal.progress],
-        reads_experts=not refusal.no_experts,
+        reads_experts=node.op == "placeholder" or not refusal.no_experts,
     )
 
 
@@ -110,7 +118,7 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
     selection = select(anchor)
     roles, combined, refusals = _walk(selection)
     if not combined:
-        raise _furthest(refusals, anchor.node)
+        raise _furthest(refusals, selection, roles.of)
     if len(combined) > 1:
         raise Refusal("the experts' rows are summed in more than one place", combined[1], 5)
     parts = _parts(selection, roles, combined[0])
@@ -128,7 +136,7 @@ def recognise(anchor: Anchor, context: Context, routers: RouterCache) -> Region:
         program=_program(parts, context),
         activation=activation_name(parts.body),
         has_shared_expert=has_shared_expert(parts.combined, parts.tokens),
-        source=source_of(anchor.node),
+        source=source_of(anchor.node) or source_of(parts.combined),
         input=parts.tokens.name,
         output=parts.combined.name,
         verified=False,
@@ -156,7 +164,7 @@ def recognise_by_value(
         program=_program(parts, context),
         activation=activation_name(parts.body),
         has_shared_expert=has_shared_expert(reading.result, reading.tokens, reading.base),
-        source=source_of(anchor.node),
+        source=source_of(anchor.node) or source_of(parts.combined),
         input=reading.tokens.name,
         output=reading.result.name,
         verified=False,
@@ -199,17 +207,46 @@ def _walk(selection: Selection) -> tuple[Roles, list[Node], list[Refusal]]:
     return roles, combined, refusals
 
 
-def _furthest(refusals: list[Refusal], node: Node) -> Refusal:
+def _furthest(refusals: list[Refusal], selection: Selection, of: dict[Node, Role]) -> Refusal:
     if not refusals:
-        return Refusal("nothing reads the selected indices", node)
+        return Refusal("nothing reads the selected indices", selection.node)
     best = max(refusals, key=lambda refusal: refusal.progress)
     if best.progress == 0:
+        left = _leaving(selection.node.graph.output_node(), selection, of)
+        if left:
+            return Refusal(left, selection.node, unknown=True)
         return Refusal(
             f"the selected indices never bring tokens to experts ({best.reason})",
             best.node,
             unknown=True,
         )
     return best
+
+
+def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
+    """What of the layer is given to the graph's caller, and why; "" if nothing is."""
+    given = output.all_input_nodes
+    if any(isinstance(of.get(node), (Rows, RowTable, Grouped)) for node in given):
+        left = "rows on their way to experts and back leave the graph"
+    elif any(is_integer(node) and _is_selected(node, selection) for node in given):
+        left = "the selected indices never bring tokens to experts here: they leave the graph"
+    else:
+        return ""
+    where = output.meta.get("graph_break")
+    if where is None:
+        return f"{left}, for what is not compiled with it"
+    return f"{left}, for what is behind the graph break at {where}"
+
+
+def _is_selected(node: Node, selection: Selection) -> bool:
+    """Whether ``node`` is made of selected indices, by ops on integers."""
+
+    def integers(node: Node) -> list[Node]:
+        above = [] if node in selection.selectors else tensor_inputs(node)
+        return [n for n in above if is_integer(n) or not isinstance(value(n), Tensor)]
+
+    selected = [n for n in selection.selectors if n.op == "call_function"]
+    return not closure([node], integers).isdisjoint(selected)
 
 
 def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
@@ -237,13 +274,16 @@ def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
     needed = set(nodes)
     tables = [t for t in roles.tables if any(u in needed for u in t.users)]
     _check_escapes(body, needed, of)
-    check_tables(tables, tokens, body, of)
-    gathers = [found for found in map(gather_above, tables) if found is not None]
+    check_tables(tables, tokens, body, of, selection.num_experts)
+    weight = _the_only(weights, "matrix of routing weights", combined) if weights else None
+    others = {s for n in nodes for s in tensor_inputs(n)} - {*nodes, *tables, tokens, ids, weight}
+    whole = [n for n in others if n not in of]
+    lineage = trace(tables, selection.num_experts, sorted(whole))
     return Parts(
         select=selection.node,
         tokens=tokens,
         ids=ids,
-        weights=_the_only(weights, "matrix of routing weights", combined) if weights else None,
+        weights=weight,
         nodes=tuple(nodes),
         body=tuple(body),
         cut=cut,
@@ -251,7 +291,7 @@ def _parts(selection: Selection, roles: Roles, combined: Node) -> Parts:
         combined=combined,
         dispatched=tuple(dispatched),
         tables=tuple(tables),
-        gathers=tuple(gathers),
+        gathers=tuple(lineage.gathers.values()),
         roles=dict(of),
         distinct=selection.distinct,
     )

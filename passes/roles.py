@@ -279,6 +279,7 @@ FRESH_BUFFERS: tuple[Any, ...] = (
     aten.new_empty.default,
     aten.new_zeros.default,
 )
+_DROPOUTS = (aten.dropout.default, aten.alpha_dropout.default)
 GROUPED_MATMULS = tuple(
     op
     for op in (
@@ -295,9 +296,46 @@ def is_grouped_matmul(node: Node) -> bool:
     )
 
 
+def is_random(node: Node) -> bool:
+    """Whether another run of ``node`` gives other values: dropout, noise."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return node.target not in _DROPOUTS or _drops(node)
+
+
+def random_above(node: Node) -> Node | None:
+    """The random op that gives ``node`` its values, through ops that read nothing else."""
+    while node.op == "call_function" and not is_random(node):
+        sources = tensor_inputs(node)
+        if len(sources) != 1:
+            return None
+        node = sources[0]
+    return node if is_random(node) else None
+
+
+class ByChance(Refusal):
+    """Rows that are computed on another rank would meet other random values there."""
+
+    def __init__(self, node: Node, progress: int = 6) -> None:
+        chance = argument(node, 1, "p") if node.target in _DROPOUTS else None
+        what = str(node.target) + (f" with p={chance}" if chance is not None else "")
+        reason = (
+            f"a random op ({what}) takes part between dispatch and combine: rows that another "
+            "rank computes would meet other random values"
+        )
+        super().__init__(reason, node, progress)
+
+
+def _drops(node: Node) -> bool:
+    """Dropout in training, unless its probability is 0."""
+    return argument(node, 2, "train") is not False and argument(node, 1, "p") != 0
+
+
 def is_pointwise(node: Node) -> bool:
+    if node.target in _DROPOUTS:
+        return not _drops(node)
     tags = getattr(node.target, "tags", ())
-    return node.target in ELEMENTWISE_COPIES or (
+    return node.target in (*ELEMENTWISE_COPIES, aten.fake_quantize_per_tensor_affine.default) or (
         torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     )
 

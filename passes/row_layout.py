@@ -39,9 +39,11 @@ from moe_fx.passes.layout_moves import READS_BY_INDEX, WRITES_BY_INDEX, LayoutMo
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
+    ByChance,
     Refusal,
     is_grouped_matmul,
     is_pointwise,
+    is_random,
     same,
     shape,
     tensor_inputs,
@@ -81,6 +83,9 @@ class RowLayout(LayoutMoves, LayoutMatmuls):
             if current in self._refused:
                 raise self._refused[current]
             missing = [n for n in self._inputs(current) if n not in self.laid]
+            if missing and not self._has_rule(current):
+                self._refused[current] = self._unknown(current)
+                raise self._refused[current]
             if current in self.laid or not missing:
                 stack.pop()
                 if current not in self.laid:
@@ -113,6 +118,8 @@ class RowLayout(LayoutMoves, LayoutMatmuls):
         return self._rule(node)
 
     def _rule(self, node: Node) -> Laid:
+        if is_random(node):
+            raise ByChance(node)
         if node.target is operator.getitem:
             return self._item(node)
         if is_grouped_matmul(node):
@@ -127,7 +134,22 @@ class RowLayout(LayoutMoves, LayoutMatmuls):
             return self._pointwise(node)
         if node.target in DIM_OF or node.target in TRAILING:
             return self._along(node)
-        raise Refusal(f"{node.target} is not known to keep rows apart", node, 3)
+        raise self._unknown(node)
+
+    def _unknown(self, node: Node) -> Refusal:
+        return Refusal(f"{node.target} is not known to keep rows apart", node, 3)
+
+    def _has_rule(self, node: Node) -> bool:
+        return (
+            node.target is operator.getitem
+            or is_random(node)
+            or is_grouped_matmul(node)
+            or contraction(node) is not None
+            or is_pointwise(node)
+            or node.target in DIM_OF
+            or node.target in TRAILING
+            or any(node.target in targets for targets, _ in _RULES)
+        )
 
     def _masked(self, node: Node) -> Laid:
         kinds = [self.laid[n] for n in tensor_inputs(node)]

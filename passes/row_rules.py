@@ -9,6 +9,7 @@ from moe_fx.passes.role_map import RoleMap
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
+    ByChance,
     Combined,
     Counts,
     Grouped,
@@ -23,6 +24,7 @@ from moe_fx.passes.roles import (
     dims_touched,
     is_grouped_matmul,
     is_pointwise,
+    random_above,
     same,
     shape,
     tensor_inputs,
@@ -162,6 +164,9 @@ class RowRules(RoleMap):
                 lead = theirs[: max(0, first_free_dim - (len(dims) - len(theirs)))]
                 constant = role is None and all(same(size, 1) for size in lead)
                 if not (aligned and role is not None) and not constant:
+                    chance = random_above(other) if role is None else None
+                    if chance is not None:
+                        raise ByChance(chance)
                     raise self._refuse(node, f"{other} varies from row to row in a way not known")
             return
         if node.target in VIEWS or node.target is aten.flatten.using_ints:

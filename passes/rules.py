@@ -23,6 +23,7 @@ from torch.fx import Node
 from moe_fx.compat import statically_known_true
 from moe_fx.passes.dispatch_rules import DispatchRules
 from moe_fx.passes.roles import (
+    ByChance,
     Grouped,
     PairIds,
     Permutation,
@@ -32,6 +33,7 @@ from moe_fx.passes.roles import (
     Rows,
     RowTable,
     SortResult,
+    is_random,
     shape,
     tensor_inputs,
     value,
@@ -46,6 +48,8 @@ class Roles(DispatchRules, RowRules):
         """The role of ``node``, one of whose arguments has a role; raises `Refusal`."""
         if node.op != "call_function":
             raise Refusal(f"{node.op} reads it", node)
+        if is_random(node) and any(map(self._is_of_rows, tensor_inputs(node))):
+            raise ByChance(node)
         for rule in (
             self._tuple_item,
             self._sort,
@@ -71,6 +75,9 @@ class Roles(DispatchRules, RowRules):
             self._progress(node),
             unknown=True,
         )
+
+    def _is_of_rows(self, node: Node) -> bool:
+        return isinstance(self.get(node), (Rows, RowTable, Grouped))
 
     def _tuple_item(self, node: Node) -> Role | None:
         if node.target is not operator.getitem:

@@ -30,7 +30,7 @@ class Starts:
 
     def found(self) -> Iterator[tuple[list[Node], Pairing]]:
         first = min(self.around.scored or self.around.logits)
-        stacked = next((n for n in self._from(first) if self._reads_table(n)), None)
+        stacked = next((n for n in self._from(first) if self.reads_table(n)), None)
         if stacked is not None:
             yield [stacked], Pairing()
         num = self.selection.num_experts
@@ -43,8 +43,9 @@ class Starts:
             yield node
             node = node.next
 
-    def _reads_table(self, node: Node) -> bool:
-        if node.op != "call_function" or node in self.around.logits:
+    def reads_table(self, node: Node) -> bool:
+        """Whether ``node`` is an op on tokens that reads a table with a matrix per expert."""
+        if node.op != "call_function" or node in self.around.logits or self.around.is_above(node):
             return False
         if self.around.what(node) not in ("mixed", "activation"):
             return False

@@ -26,6 +26,7 @@ from moe_fx.passes.flow import closure
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.layout import is_buffer
 from moe_fx.passes.names import view_root
+from moe_fx.passes.parameters import is_for_experts, is_noted
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
@@ -80,9 +81,26 @@ class Surroundings:
         self.logits = _logits(selection)
         scored = [_first_operand(node) for node in self.logits]
         self.scored = [node for node in scored if node is not None]
-        self._above = closure(self.scored, lambda node: node.all_input_nodes)
+        self._above = self._varying(closure(self.scored, lambda node: node.all_input_nodes))
         self._what: dict[Node, What] = dict.fromkeys(self.logits, "route")
         self._what |= dict.fromkeys(selection.selectors, "route")
+
+    def _varying(self, above: set[Node]) -> set[Node]:
+        """Of the nodes that tokens are made of, those that vary with the tokens: an earlier layer
+        may have the same parameters."""
+        lead = self.selection.lead or (self.selection.num_tokens,)
+        leaves = [
+            node
+            for node in above
+            if node.op != "call_function"
+            and not is_noted(node)
+            and not is_for_experts(node, self.selection.num_experts, lead)
+        ]
+
+        def readers(node: Node) -> list[Node]:
+            return [user for user in node.users if user in above and gather_of(user) is None]
+
+        return closure(leaves, readers)
 
     def what(self, node: Node) -> What:
         stack = [node]

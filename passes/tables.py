@@ -8,7 +8,8 @@ added to rows (retrieved values, biases) are cheaper to look up than to exchange
 
 Pseudo-code::
 
-    for table: refuse if it is made from the selection, or from the tokens (above parameters)
+    for table: refuse if it is made from the selection, from the tokens (above parameters), by
+        chance, or from parameters and another input, which may differ between ranks
     refuse if no matmul is in the body
 """
 
@@ -22,7 +23,15 @@ from torch.fx import Node
 from moe_fx.passes.flow import closure
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.names import view_root
-from moe_fx.passes.roles import Refusal, Role, is_grouped_matmul, is_unary_rowwise, shape
+from moe_fx.passes.parameters import is_for_experts, is_noted, is_tensor
+from moe_fx.passes.roles import (
+    Refusal,
+    Role,
+    is_grouped_matmul,
+    is_random,
+    is_unary_rowwise,
+    shape,
+)
 
 aten = torch.ops.aten
 
@@ -55,27 +64,48 @@ def _is_weight(origin: Node) -> bool:
 
 
 def check_tables(
-    tables: Iterable[Node], tokens: Node, body: Collection[Node], of: Mapping[Node, Role]
+    tables: Iterable[Node],
+    tokens: Node,
+    body: Collection[Node],
+    of: Mapping[Node, Role],
+    experts: int,
 ) -> None:
     """``tables``: the per-expert tensors of a region that dispatches ``tokens``; ``of``: what is
     known to come from its selection."""
     if not any(map(is_matmul, body)):
         raise Refusal("the rows meet no expert's matrix", tokens, 4)
     for table in tables:
-        origin = _origin(table)
-        if origin is view_root(tokens):
+        if _origin(table) is view_root(tokens):
             raise Refusal(f"the per-expert table {table} holds the tokens", table, 4)
-        above = _ancestors(origin)
+        above = _ancestors(table)
         if any(node in of for node in above):
             raise Refusal(f"the per-expert table {table} depends on what was selected", table, 4)
-        if origin.op == "call_function" and gather_of(origin) is None:
-            shared = [n for n in _ancestors(tokens) & above if n.op == "placeholder"]
-            if shared:
-                raise Refusal(
-                    f"the per-expert table {table} is computed from {shared[0]}, as the tokens are",
-                    table,
-                    4,
-                )
+        chance = next(filter(is_random, sorted(above)), None)
+        if chance is not None:
+            reason = f"the per-expert table {table} is made by chance ({chance.target})"
+            raise Refusal(reason, chance, 4)
+        if len(above) > 1:
+            _check_inputs(table, above, tokens, experts)
+
+
+def _check_inputs(table: Node, above: set[Node], tokens: Node, experts: int) -> None:
+    lead = shape(tokens)[:-1]
+    inputs = [n for n in sorted(above) if n.op == "placeholder" and is_tensor(n)]
+    others = [n for n in inputs if not is_noted(n) and not is_for_experts(n, experts, lead)]
+    shared = [n for n in others if n in _ancestors(tokens)]
+    if shared:
+        raise Refusal(
+            f"the per-expert table {table} is computed from {shared[0]}, as the tokens are",
+            table,
+            4,
+        )
+    if others and any(map(is_noted, inputs)):
+        raise Refusal(
+            f"the per-expert table {table} is computed from {others[0]}, an input that other "
+            "ranks may have otherwise",
+            table,
+            4,
+        )
 
 
 def _origin(table: Node) -> Node:
@@ -89,4 +119,5 @@ def _origin(table: Node) -> Node:
 
 
 def _ancestors(node: Node) -> set[Node]:
-    return closure([node], lambda n: n.all_input_nodes)
+    """All that ``node`` is computed from, down to gathered shards."""
+    return closure([node], lambda n: [] if gather_of(n) is not None else n.all_input_nodes)

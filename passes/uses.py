@@ -210,7 +210,7 @@ def _note(uses: Uses, user: Node, source: Node, added: float) -> None:
     if is_grouped_matmul(user):
         uses.multiplied |= source in args[:2]
     elif target in _MATMUL_AT:
-        given = [args[at] for at in _MATMUL_AT[target]]
+        given: list[Any] = [args[at] for at in _MATMUL_AT[target]]
         uses.multiplied |= any(
             source is n or (type(n) in (list, tuple) and source in n) for n in given
         )

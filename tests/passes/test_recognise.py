@@ -587,7 +587,7 @@ class IdsOfTwoSelections(Grouped):
 
 
 class Dropout(Grouped):
-    """aten.dropout.default is not known to keep rows apart"""
+    """a random op (aten.dropout.default with p=0.5) takes part between dispatch and combine"""
 
     def between(self, rows: Tensor, weights: Tensor) -> Tensor:
         return F.dropout(super().between(rows, weights), 0.5, training=True)
