@@ -6,8 +6,8 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,13 +15,17 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.distributed.distributed_c10d import (
     _find_or_create_pg_by_ranks_and_tag,
     _get_group_tag,
@@ -32,28 +36,40 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
 from torch.fx.node import map_arg
 from torch.library import get_ctx
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "DYNAMO_SIGNALS",
     "CustomGraphPass",
     "FakeValues",
     "all_gather_rows",
     "aot_eager_compiler",
     "assert_on_device",
     "base_compiler",
+    "collective_groups",
     "data_dependent_size",
     "decomposed",
     "exchange_equal_rows",
     "export_functional",
+    "forgetting_new_sizes",
     "graph_breaks",
     "group_of_ranks",
     "group_store",
     "group_tag",
+    "inductor_cuda_graphs",
+    "inductor_mode",
     "inductor_passes",
+    "no_autocast",
+    "no_compiled_autograd",
+    "no_function_modes",
+    "no_transforms",
     "number",
     "real_tensors",
     "reduce_scatter_rows",
     "resolve_group",
+    "saved_tensor_hooks_active",
+    "set_deterministic",
     "statically_known_true",
     "symbols",
     "traced",
@@ -139,6 +155,21 @@ def inductor_passes(own: CustomGraphPass) -> Any:
     return [*(present if isinstance(present, (list, tuple)) else [present]), own]
 
 
+def inductor_mode(mode: str | None) -> dict[str, Any]:
+    """The settings that torch.compile's ``mode`` stands for. Raises `RuntimeError`, naming the
+    modes, for one that Inductor does not have."""
+    from torch._inductor import list_mode_options
+
+    return {} if mode is None else dict(list_mode_options(mode))
+
+
+def inductor_cuda_graphs() -> bool:
+    """Whether Inductor makes CUDA graphs unless told otherwise."""
+    from torch._inductor import config  # slow to import
+
+    return config.triton.cudagraphs
+
+
 def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
     """Inductor copies an output of a backward graph to the strides that it had when the graph was
     handed over: ``node`` is to be returned as it is."""
@@ -148,6 +179,37 @@ def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
     for at, each in enumerate(returned):
         if each is node and strides is not None:
             strides[at] = node.meta["val"].stride()
+
+
+DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
+"""Exceptions by which what a backend calls asks Dynamo for something: no failures."""
+
+
+@contextmanager
+def forgetting_new_sizes(inputs: Sequence[Any]) -> Iterator[None]:
+    """Data-dependent sizes that came into being in a block that failed are forgotten: the next
+    trace of graph inputs ``inputs`` would look for them among its own results."""
+    mode = detect_fake_mode(inputs)
+    sizes = None if mode is None else mode.shape_env
+    pending = [] if sizes is None else sizes.pending_fresh_unbacked_symbols
+    before = list(pending)
+    try:
+        yield
+    except Exception:
+        pending[:] = before
+        raise
+
+
+def collective_groups(graph: Graph) -> Iterator[str]:
+    """The names of the groups that collectives of ``graph`` work over."""
+    for node in graph.nodes:
+        op = node.target
+        overload = getattr(op, "default", op) if isinstance(op, OpOverloadPacket) else op
+        if isinstance(overload, OpOverload):
+            names = [argument.name for argument in overload._schema.arguments]
+            given = dict(zip(names, node.args, strict=False)) | node.kwargs
+            if isinstance(given.get("group_name"), str):
+                yield cast(str, given["group_name"])
 
 
 def group_store(group: dist.ProcessGroup) -> dist.Store:
@@ -184,6 +246,42 @@ def exchange_equal_rows(rows: Tensor, group_size: int, group_name: str) -> Tenso
     return collectives.wait_tensor(
         collectives.all_to_all_single(rows.contiguous(), sizes, sizes, group_name)
     )
+
+
+def no_transforms() -> AbstractContextManager[object]:
+    """A context outside of the function transforms (``torch.func``) that are being applied."""
+    return temporarily_clear_interpreter_stack()
+
+
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """A context without torch-function modes, of which `torch.set_default_device` is one."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def no_autocast() -> AbstractContextManager[object]:
+    """A context in which autocast is off for every kind of device."""
+    return cast(AbstractContextManager[object], torch._C._DisableAutocast())
+
+
+def no_compiled_autograd() -> AbstractContextManager[object]:
+    """A context in which a backward pass is not compiled."""
+    return compiled_autograd._disable()
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether what autograd saves goes through hooks, as activation checkpointing has it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def set_deterministic(enabled: bool, warn_only: bool) -> None:
+    """As `torch.use_deterministic_algorithms`, which sets an option of Inductor's too."""
+    torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def real_tensors() -> AbstractContextManager[object]:
