@@ -15,6 +15,7 @@ from moe_fx.agree import agree_once
 from moe_fx.ambient import neutral
 from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.compat import in_compiled_autograd
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
@@ -46,6 +47,8 @@ def moe_fx_backend(
     groups: set[str] = set()
     training = is_training(example_inputs)
     local, rewritten = Localised(module, tuple(example_inputs), frozenset()), module
+    if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
+        return compile_by_base(module, example_inputs, parsed, report, training)
     compiled: Callable[..., Any] | None = None
     with net(report, module, example_inputs, "it looked for MoE layers"):
         local, rewritten = rewrite(module, example_inputs, parsed, report, groups)

@@ -57,6 +57,7 @@ __all__ = [
     "group_of_ranks",
     "group_store",
     "group_tag",
+    "in_compiled_autograd",
     "inductor_cuda_graphs",
     "inductor_mode",
     "inductor_passes",
@@ -272,6 +273,11 @@ def no_autocast() -> AbstractContextManager[object]:
 def no_compiled_autograd() -> AbstractContextManager[object]:
     """A context in which a backward pass is not compiled."""
     return compiled_autograd._disable()
+
+
+def in_compiled_autograd() -> bool:
+    """Whether what is being compiled is a backward pass (``compiled_autograd``)."""
+    return compiled_autograd.in_compiled_autograd_region
 
 
 def saved_tensor_hooks_active() -> bool:
