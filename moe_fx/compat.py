@@ -37,12 +37,14 @@ from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, sta
 from torch.fx.node import map_arg
 from torch.library import get_ctx
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "DYNAMO_SIGNALS",
+    "INFERENCE_MODE",
     "CustomGraphPass",
     "FakeValues",
+    "NoExport",
     "all_gather_rows",
     "aot_eager_compiler",
     "assert_on_device",
@@ -65,6 +67,7 @@ __all__ = [
     "no_compiled_autograd",
     "no_function_modes",
     "no_transforms",
+    "is_traceable_wrapper_subclass",
     "number",
     "real_tensors",
     "reduce_scatter_rows",
@@ -103,11 +106,25 @@ def data_dependent_size(least: int = 0) -> SymInt | int:
     return allocate_size(get_ctx()._shape_env, min_val=least)
 
 
+class NoExport(Exception):
+    """AOT refuses to export a graph; says why."""
+
+
+_REFUSED = "you are trying to export"
+
+
 def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
-    """(functional ATen graph before decomposition and autograd, its signature)."""
-    exported, signature = aot_export_module(
-        module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
-    )
+    """(functional ATen graph before decomposition and autograd, its signature). Raises `NoExport`
+    for what AOT compiles but does not export."""
+    try:
+        exported, signature = aot_export_module(
+            module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    except RuntimeError as error:
+        refusal = next((line for line in str(error).splitlines() if _REFUSED in line), None)
+        if refusal is None:
+            raise
+        raise NoExport(refusal.strip()) from error
     assert isinstance(exported, GraphModule)
     return exported, signature
 
@@ -278,6 +295,13 @@ def no_compiled_autograd() -> AbstractContextManager[object]:
 def in_compiled_autograd() -> bool:
     """Whether what is being compiled is a backward pass (``compiled_autograd``)."""
     return compiled_autograd.in_compiled_autograd_region
+
+
+INFERENCE_MODE = (
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+)
+"""What Dynamo's graph calls where a model enters and leaves `torch.inference_mode`."""
 
 
 def saved_tensor_hooks_active() -> bool:
