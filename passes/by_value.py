@@ -260,7 +260,12 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        weighing = self.readings.prove(trials, self.ids, body, base)
+        try:
+            weighing = self.readings.prove(trials, self.ids, body, base)
+        except Refusal:
+            if layout.not_constant is not None:
+                raise layout.not_constant from None  # the body may go on above it
+            raise
         return Reading(
             selection=self.selection,
             tokens=tokens[0],
