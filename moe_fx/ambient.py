@@ -51,6 +51,7 @@ def neutral() -> Iterator[None]:
         if saved_tensor_hooks_active():
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         stack.enter_context(_any_algorithm())
+        stack.enter_context(_exact_products())
         stack.enter_context(_own_random_stream())
         yield
 
@@ -71,6 +72,19 @@ def _any_algorithm() -> Iterator[None]:
         yield
     finally:
         set_deterministic(True, warn_only)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Matmuls of float32 on the host are done in float32, whatever
+    `torch.set_float32_matmul_precision` allows."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class Layout:
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
         def belongs(argument: Node) -> Node:
             if argument.graph is not self.body.graph:
-                raise NotConstant(f"{op} takes {argument}, which is {_NOT_CONSTANT}", argument, 3)
+                raise NotConstant(f"{op} takes {argument}, which is {_NOT_CONSTANT}", argument, 6)
             return argument
 
         map_arg((args, kwargs), belongs)
@@ -158,7 +158,7 @@ class Layout:
     def _features_of(self, node: Node, features: Sequence[bool]) -> list[int]:
         sizes = [s for s, feature in zip(shape(node), features, strict=True) if feature]
         if not all(isinstance(size, int) for size in sizes):
-            raise NotConstant(f"{node} has a feature size that is {_NOT_CONSTANT}", node, 3)
+            raise NotConstant(f"{node} has a feature size that is {_NOT_CONSTANT}", node, 6)
         return sizes
 
     def table(self, node: Node, expert_dim: int, order: Sequence[int]) -> Node:
