@@ -39,7 +39,9 @@ def outline(module: GraphModule) -> GraphModule:
     module = GraphModule(module, copy.deepcopy(module.graph))
     for at, level in enumerate(_levels(module.graph)):
         results = [node for node in level if any(user not in level for user in node.users)]
-        if not any(_changes_others(node, level) for node in level) and all(map(_is_tensor, results)):
+        if not any(_changes_others(node, level) for node in level) and all(
+            map(_is_tensor, results)
+        ):
             _replace(module, level, results, f"{_PREFIX}{at}")
     module.recompile()
     return module

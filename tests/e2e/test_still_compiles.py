@@ -165,7 +165,12 @@ def sparse_input(m: Model, x: Tensor, mixing: Tensor) -> Any:
     return m.moe(torch.sparse.mm(mixing, x))
 
 
-@program(lambda: (torch.nested.nested_tensor([torch.randn(2, H), torch.randn(4, H)], layout=torch.jagged),), found=False)
+@program(
+    lambda: (
+        torch.nested.nested_tensor([torch.randn(2, H), torch.randn(4, H)], layout=torch.jagged),
+    ),
+    found=False,
+)
 def jagged_input(m: Model, x: Tensor) -> Any:
     return m.moe(x.values()), x * 2
 
@@ -418,9 +423,7 @@ def compare(name: str, base: str) -> tuple[list[moe_fx.Region], list[Declined]]:
     reports: list[moe_fx.Report] = []
     options = {"base": base, "on_report": reports.append}
     without = run(name, lambda model: torch.compile(model, backend=base, **how))
-    found = run(
-        name, lambda model: torch.compile(model, backend="moe_fx", options=options, **how)
-    )
+    found = run(name, lambda model: torch.compile(model, backend="moe_fx", options=options, **how))
     assert_same(without, found)
     regions = [region for report in reports for region in report.regions]
     declined = [each for report in reports for each in report.declined]
@@ -451,3 +454,63 @@ def test_with_moe_fx_a_program_computes_what_it_computes_without(name: str) -> N
     if not regions:
         assert declined
     assert all(region.verified for region in regions)
+
+
+# -- other widths, and exported graphs -------------------------------------------------------------
+
+
+def gathered(x: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    w, ids = torch.softmax(x @ gate.t(), -1).topk(K)
+    up, by = torch.einsum("th,tkhi->tki", x, w1[ids]).chunk(2, -1)
+    return (torch.einsum("tki,tkih->tkh", F.silu(up) * by, w2[ids]) * w[..., None]).sum(1)
+
+
+def loop(x: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    w, ids = torch.softmax(x @ gate.t(), -1).topk(K)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        up, by = (x @ w1[e]).chunk(2, -1)
+        out = out + (w * (ids == e)).sum(-1, keepdim=True) * ((F.silu(up) * by) @ w2[e])
+    return out
+
+
+def masked(x: Tensor, gate: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    w, ids = torch.softmax(x @ gate.t(), -1).topk(K)
+    full = torch.zeros(x.shape[0], E).scatter(1, ids, w)
+    up, by = torch.einsum("th,ehi->tei", x, w1).chunk(2, -1)
+    return torch.einsum("tei,eih,te->th", F.silu(up) * by, w2, full)
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.parametrize("layer", [gathered, loop, masked])
+def test_a_function_of_experts_is_called_with_a_second_width(
+    layer: Callable[..., Tensor], dynamic: bool | None
+) -> None:
+    torch._dynamo.reset()
+    reports: list[moe_fx.Report] = []
+    options = {"base": "eager", "on_report": reports.append}
+    compiled = torch.compile(layer, backend="moe_fx", dynamic=dynamic, options=options)
+    x, gate = torch.randn(T, H), torch.randn(E, H)
+    for width in (24, 16, 40):
+        w1, w2 = torch.randn(E, H, 2 * width) / 4, torch.randn(E, width, H) / 4
+        expected = layer(x, gate, w1, w2)
+        torch.testing.assert_close(compiled(x, gate, w1, w2), expected, rtol=EXACT, atol=EXACT)
+    for report in reports:
+        assert report.regions or all("not a constant" in d.reason for d in report.declined)
+    if dynamic is False:
+        assert [len(report.regions) for report in reports] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("tokens_vary", [False, True])
+def test_an_exported_program_is_compiled(tokens_vary: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Experts(), torch.randn(T, H)
+    sizes = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}} if tokens_vary else None
+    exported = torch.export.export(model, (x,), dynamic_shapes=sizes).module()
+    reports: list[moe_fx.Report] = []
+    options = {"base": "aot_eager", "on_report": reports.append}
+    compiled = torch.compile(exported, backend="moe_fx", options=options)
+    for count in (T, 9) if tokens_vary else (T,):
+        x = torch.randn(count, H)
+        torch.testing.assert_close(compiled(x), model(x), rtol=EXACT, atol=EXACT)
+    assert reports and all(len(report.regions) == 1 for report in reports)
