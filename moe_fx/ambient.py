@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _any_algorithm() -> Iterator[None]:
 def _exact_products() -> Iterator[None]:
     """Matmuls of float32 on the host are done in float32, whatever
     `torch.set_float32_matmul_precision` allows."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = cast(Any, torch.backends.mkldnn).matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
     try:

@@ -32,7 +32,8 @@ def outline(module: GraphModule) -> GraphModule:
     """A copy of Dynamo's graph in which each outermost level is one ``call_module`` node, whose
     ``example_value`` is a tuple of tensors; the graph itself if there is none.
 
-    A level stays as it is if it changes another's tensor in place, or if anything but tensors comes out.
+    A level stays as it is if it changes in place what it has not made, or if anything but tensors
+    comes out.
     """
     if not any(enters_a_level(node) for node in module.graph.nodes):
         return module
