@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,20 +12,20 @@ from torch.fx import GraphModule
 
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
+from moe_fx.ambient import neutral
 from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
-from moe_fx.compat import autocast_off
+from moe_fx.compat import in_compiled_autograd
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
+from moe_fx.net import groups_in, log_report, net
 from moe_fx.options import ORDERS_LATER, Options, parse_options
 from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
-
-log = logging.getLogger("moe_fx")
 
 
 def moe_fx_backend(
@@ -34,45 +33,58 @@ def moe_fx_backend(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+    **unknown: Any,
 ) -> Callable[..., Any]:
-    """The backend. ``module`` is Dynamo's graph; returns what runs in its place.
+    """The backend. ``module`` is Dynamo's graph; returns what runs in its place. ``mode``: as the
+    option of that name; torch.compile passes it, as it takes no options beside it.
 
     Raises `ConfigurationError` for options that do not fit the model or group, and
-    `NothingMatched` under ``strict``.
+    `NothingMatched` under ``strict``. Where moe_fx fails otherwise, the report says so, and
+    ``module`` goes to the base compiler as it came (`moe_fx.net`).
     """
-    parsed = parse_options(options)
+    parsed = parse_options(options, mode, unknown)
     check_devices(parsed.ep_group, example_inputs)
     report = Report()
-    local, rewritten, groups = rewrite(module, example_inputs, parsed, report)
-    example_inputs = local.inputs
-    if parsed.on_report is not None:
-        parsed.on_report(report)
-    log.info("%s", report)
-    if parsed.strict:
-        _check_strict(report)
+    groups: set[str] = set()
     training = is_training(example_inputs)
-    if lowers(parsed, example_inputs):
-        compiled = compile_lowered(rewritten, example_inputs, parsed, report)
-    else:
-        compiled = compile_by_base(rewritten, example_inputs, parsed, report.plans, training)
+    local, rewritten = Localised(module, tuple(example_inputs), frozenset()), module
+    if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
+        return compile_by_base(module, example_inputs, parsed, report, training)
+    compiled: Callable[..., Any] | None = None
+    with net(report, module, example_inputs, "it looked for MoE layers"):
+        local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
+    _check_strict(report, parsed)
+    if rewritten is not module or lowers(parsed, example_inputs):
+        with net(report, module, example_inputs, f"{parsed.base} compiled what it made of a graph"):
+            compiled = local.wrap(compile_graph(rewritten, local.inputs, parsed, report, training))
+        _check_strict(report, parsed)
+    if compiled is None:
+        compiled = compile_by_base(module, example_inputs, parsed, report, training)
+    _announce(report, parsed)
+    if report.bugs:
+        groups |= groups_in(module)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
     if parsed.ep_group is not None and (report.regions or report.declined):
         groups.add(parsed.ep_group.group_name)
     if groups:
         compiled = agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
-    return local.wrap(compiled)
+    return compiled
 
 
 def rewrite(
-    module: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
-) -> tuple[Localised, GraphModule, set[str]]:
-    """``module`` without DTensors, the expert-parallel graph of it, or itself, untouched, if no
-    region was accepted, and the groups that it exchanged tokens over as it came."""
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    groups: set[str],
+) -> tuple[Localised, GraphModule]:
+    """``module`` without DTensors, and the expert-parallel graph of it, or itself, untouched, if no
+    region was accepted. ``groups`` gets those that it exchanged tokens over as it came."""
     untouched = Localised(module, tuple(example_inputs), frozenset())
-    groups: set[str] = set()
     if not may_select_experts(module):
         report.graphs += 1
-        return untouched, module, groups
+        return untouched, module
     try:
         opened, bodies = open_bodies(module)
         local = localise(opened, example_inputs)
@@ -80,7 +92,7 @@ def rewrite(
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return untouched, module, groups
+        return untouched, module
     lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
@@ -92,17 +104,37 @@ def rewrite(
         fuses_routers=lowered,
     )
     later = options.base in ORDERS_LATER or lowered
-    with autocast_off():
+    with neutral():
         result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
-        return untouched, module, groups
+        return untouched, module
     if bodies:
         graphs = close_bodies(result, bodies, [region.parts.ids for region in context.regions])
         if not later:
             for graph in graphs:
                 passes.Overlap()(graph, context)
     switch_off(result)
-    return local, result, groups
+    return local, result
+
+
+def compile_graph(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    training: bool,
+) -> Callable[..., Any]:
+    """``module`` compiled by ``options.base``, for the device where that takes a lowering."""
+    if lowers(options, inputs):
+        return compile_lowered(module, inputs, options, report)
+    return compile_by_base(module, inputs, options, report, training)
+
+
+def _announce(report: Report, options: Options) -> None:
+    """To whoever asked for it, and to the log."""
+    if options.on_report is not None:
+        options.on_report(report)
+    log_report(report)
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:
@@ -120,8 +152,10 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
                 check_device(value.device, "The model", group)
 
 
-def _check_strict(report: Report) -> None:
-    if report.missed or not report.regions:
+def _check_strict(report: Report, options: Options) -> None:
+    """Raises `NothingMatched` under ``strict``, after telling what was found."""
+    if options.strict and (report.missed or not report.regions):
+        _announce(report, options)
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
         raise NothingMatched(
             f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "

@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.autocast import Regions
 from moe_fx.bodies import note_outside, path_of
-from moe_fx.compat import export_functional
+from moe_fx.compat import NoExport, export_functional, is_traceable_wrapper_subclass
+from moe_fx.grad_modes import without_inference_mode
 from moe_fx.opaque import hide, restore
 from moe_fx.outline import enters_a_level
 from moe_fx.passes.gathers import merge_gathers
@@ -33,11 +34,15 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     graph is to run with autocast off. Raises `NotFunctional` for what has no functional form.
     """
     _check_functional(module)
-    module, hidden = hide(module)
+    _check_tensors(module, inputs)
+    module, hidden = hide(without_inference_mode(module))
     _check_levels(module)
     regions = Regions()
-    with regions.traceable(module) as traceable:
-        graph_module, signature = export_functional(traceable, inputs)
+    try:
+        with regions.traceable(module) as traceable:
+            graph_module, signature = export_functional(traceable, inputs)
+    except NoExport as refusal:
+        raise NotFunctional(Declined(f"AOT export refuses the graph: {refusal}", "", "")) from None
     restore(graph_module, hidden, regions.opaque)
     note_outside(graph_module)
     merge_gathers(graph_module.graph, path_of)
@@ -66,6 +71,15 @@ def _check_functional(module: GraphModule) -> None:
         if node.op in ("call_function", "call_method") and node.target in _STORAGE_OPS:
             reason = "the graph gives a parameter other storage (Tensor.set_), as module.to() does"
             raise NotFunctional(Declined(reason, node.name, source_of(node)))
+
+
+def _check_tensors(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """AOT export takes no subclass of `Tensor` that holds others, as quantised weights do."""
+    for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if is_traceable_wrapper_subclass(value):
+            kind = f"a {type(value).__name__}, a tensor subclass, which AOT export does not take"
+            user = next(iter(node.users), node)
+            raise NotFunctional(Declined(f"{node.name} is {kind}", node.name, source_of(user)))
 
 
 def _check_levels(module: GraphModule) -> None:

@@ -15,15 +15,18 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
-from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
+from torch._ops import OpOverload, OpOverloadPacket, _get_dispatch_mode_pre_dispatch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
     _find_or_create_pg_by_ranks_and_tag,
@@ -39,13 +42,17 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
 from torch.fx.node import map_arg
 from torch.library import get_ctx
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "DYNAMO_SIGNALS",
+    "INFERENCE_MODE",
     "AutocastKey",
     "CustomGraphPass",
     "FakeValues",
+    "NoExport",
     "SelectiveForward",
     "all_gather_rows",
     "aot_eager_compiler",
@@ -54,22 +61,33 @@ __all__ = [
     "autocast_key",
     "autocast_off",
     "base_compiler",
+    "collective_groups",
     "data_dependent_size",
     "decomposed",
     "enter_autocast",
     "exchange_equal_rows",
     "exit_autocast",
     "export_functional",
+    "forgetting_new_sizes",
     "graph_breaks",
     "group_of_ranks",
     "group_store",
     "group_tag",
+    "in_compiled_autograd",
+    "inductor_cuda_graphs",
+    "inductor_mode",
     "inductor_passes",
+    "is_traceable_wrapper_subclass",
     "is_traced",
+    "no_compiled_autograd",
+    "no_function_modes",
+    "no_transforms",
     "number",
     "real_tensors",
     "reduce_scatter_rows",
     "resolve_group",
+    "saved_tensor_hooks_active",
+    "set_deterministic",
     "statically_known_true",
     "symbols",
     "traced",
@@ -103,11 +121,25 @@ def data_dependent_size(least: int = 0) -> SymInt | int:
     return allocate_size(get_ctx()._shape_env, min_val=least)
 
 
+class NoExport(Exception):
+    """AOT refuses to export a graph; says why."""
+
+
+_REFUSED = "you are trying to export"
+
+
 def export_functional(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
-    """(functional ATen graph before decomposition and autograd, its signature)."""
-    exported, signature = aot_export_module(
-        module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
-    )
+    """(functional ATen graph before decomposition and autograd, its signature). Raises `NoExport`
+    for what AOT compiles but does not export."""
+    try:
+        exported, signature = aot_export_module(
+            module, list(inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    except RuntimeError as error:
+        refusal = next((line for line in str(error).splitlines() if _REFUSED in line), None)
+        if refusal is None:
+            raise
+        raise NoExport(refusal.strip()) from error
     assert isinstance(exported, GraphModule)
     return exported, signature
 
@@ -168,6 +200,21 @@ def inductor_passes(own: CustomGraphPass) -> Any:
     return [*(present if isinstance(present, (list, tuple)) else [present]), own]
 
 
+def inductor_mode(mode: str | None) -> dict[str, Any]:
+    """The settings that torch.compile's ``mode`` stands for. Raises `RuntimeError`, naming the
+    modes, for one that Inductor does not have."""
+    from torch._inductor import list_mode_options
+
+    return {} if mode is None else dict(list_mode_options(mode))
+
+
+def inductor_cuda_graphs() -> bool:
+    """Whether Inductor makes CUDA graphs unless told otherwise."""
+    from torch._inductor import config  # slow to import
+
+    return config.triton.cudagraphs
+
+
 def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
     """Inductor copies an output of a backward graph to the strides that it had when the graph was
     handed over: ``node`` is to be returned as it is."""
@@ -177,6 +224,37 @@ def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
     for at, each in enumerate(returned):
         if each is node and strides is not None:
             strides[at] = node.meta["val"].stride()
+
+
+DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
+"""Exceptions by which what a backend calls asks Dynamo for something: no failures."""
+
+
+@contextmanager
+def forgetting_new_sizes(inputs: Sequence[Any]) -> Iterator[None]:
+    """Data-dependent sizes that came into being in a block that failed are forgotten: the next
+    trace of graph inputs ``inputs`` would look for them among its own results."""
+    mode = detect_fake_mode(inputs)
+    sizes = None if mode is None else mode.shape_env
+    pending = [] if sizes is None else sizes.pending_fresh_unbacked_symbols
+    before = list(pending)
+    try:
+        yield
+    except Exception:
+        pending[:] = before
+        raise
+
+
+def collective_groups(graph: Graph) -> Iterator[str]:
+    """The names of the groups that collectives of ``graph`` work over."""
+    for node in graph.nodes:
+        op = node.target
+        overload = getattr(op, "default", op) if isinstance(op, OpOverloadPacket) else op
+        if isinstance(overload, OpOverload):
+            names = [argument.name for argument in overload._schema.arguments]
+            given = dict(zip(names, node.args, strict=False)) | node.kwargs
+            if isinstance(given.get("group_name"), str):
+                yield cast(str, given["group_name"])
 
 
 def group_store(group: dist.ProcessGroup) -> dist.Store:
@@ -213,6 +291,49 @@ def exchange_equal_rows(rows: Tensor, group_size: int, group_name: str) -> Tenso
     return collectives.wait_tensor(
         collectives.all_to_all_single(rows.contiguous(), sizes, sizes, group_name)
     )
+
+
+def no_transforms() -> AbstractContextManager[object]:
+    """A context outside of the function transforms (``torch.func``) that are being applied."""
+    return temporarily_clear_interpreter_stack()
+
+
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """A context without torch-function modes, of which `torch.set_default_device` is one."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def no_compiled_autograd() -> AbstractContextManager[object]:
+    """A context in which a backward pass is not compiled."""
+    return compiled_autograd._disable()
+
+
+def in_compiled_autograd() -> bool:
+    """Whether what is being compiled is a backward pass (``compiled_autograd``)."""
+    return compiled_autograd.in_compiled_autograd_region
+
+
+INFERENCE_MODE = (
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+)
+"""What Dynamo's graph calls where a model enters and leaves `torch.inference_mode`."""
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether what autograd saves goes through hooks, as activation checkpointing has it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def set_deterministic(enabled: bool, warn_only: bool) -> None:
+    """As `torch.use_deterministic_algorithms`, which sets an option of Inductor's too."""
+    torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def real_tensors() -> AbstractContextManager[object]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 import moe_fx.passes as passes
+from moe_fx.ambient import neutral
 from moe_fx.backend import is_training
 from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
-from moe_fx.compat import autocast_off
 from moe_fx.local_tensors import localise
+from moe_fx.net import log_report, net
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
@@ -39,27 +40,41 @@ def explain(
     report = Report()
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if not may_select_experts(module):
-            report.graphs += 1
-            return module.forward
-        try:
-            local = localise(open_bodies(module)[0], example_inputs)
-            captured = capture(local.module, local.inputs)
-        except NotFunctional as obstacle:
-            report.declined.append(obstacle.declined)
-            report.graphs += 1
-            return module.forward
-        context = passes.Context(
-            options=parsed,
-            report=report,
-            group=parsed.ep_group,
-            training=is_training(local.inputs),
-        )
-        with autocast_off():
-            passes.run(captured, context, steps)
+        found = Report()
+        with net(found, module, example_inputs, "it looked for MoE layers"):
+            _analyse(module, example_inputs, parsed, found, steps)
+        log_report(found)
+        report.extend(found)
         return module.forward
 
     torch._dynamo.reset()
     torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
     torch._dynamo.reset()
     return report
+
+
+def _analyse(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    steps: tuple[passes.Pass, ...],
+) -> None:
+    if not may_select_experts(module):
+        report.graphs += 1
+        return
+    try:
+        local = localise(open_bodies(module)[0], example_inputs)
+        captured = capture(local.module, local.inputs)
+    except NotFunctional as obstacle:
+        report.declined.append(obstacle.declined)
+        report.graphs += 1
+        return
+    context = passes.Context(
+        options=options,
+        report=report,
+        group=options.ep_group,
+        training=is_training(local.inputs),
+    )
+    with neutral():
+        passes.run(captured, context, steps)

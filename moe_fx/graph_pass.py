@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 import moe_fx.passes as passes
 from moe_fx import __version__
-from moe_fx.agree import describe
+from moe_fx.agree import describe, ensure
+from moe_fx.ambient import neutral
 from moe_fx.ascend.compile import device_pass, lowers
 from moe_fx.backend import check_devices
-from moe_fx.compat import CustomGraphPass, autocast_off, real_tensors
+from moe_fx.compat import CustomGraphPass
 from moe_fx.errors import ConfigurationError, NothingMatched
+from moe_fx.net import groups_in, log_report, net
 from moe_fx.options import Options, parse_options
+from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.overlap import overlap
 from moe_fx.passes.splice import splice
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
-
-log = logging.getLogger("moe_fx")
 
 
 class MoEPass(CustomGraphPass):
@@ -58,34 +59,63 @@ class MoEPass(CustomGraphPass):
         values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
         check_devices(self.options.ep_group, values)
         report = Report()
+        with net(report, module, values, "it rewrote a graph"):
+            self._rewrite(module, values, report, config)
+        self.reports.append(report)
+        if self.options.on_report is not None:
+            self.options.on_report(report)
+        log_report(report)
+        if self.options.strict and report.missed:
+            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
+            raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
+        if report.bugs:
+            self._agree_to_decline(module)
+        elif report.regions and isinstance(graph, GraphModule):
+            graph.recompile()
+
+    def _rewrite(
+        self, module: GraphModule, values: Sequence[Any], report: Report, config: Any
+    ) -> None:
+        """In place, once it has been done to a copy: what fails leaves the graph as it was."""
         context = passes.Context(
             options=self.options,
             report=report,
             group=self.options.ep_group,
             fuses_routers=lowers(self.options, values),
         )
-        with (
-            real_tensors(),
-            torch.no_grad(),
-            autocast_off(),
-        ):  # whatever the compiler is tracing with
+        with neutral():
             result = passes.run(module, context, passes.pipeline(ordered_later=True))
-        self.reports.append(report)
-        if self.options.on_report is not None:
-            self.options.on_report(report)
-        log.info("%s", report)
-        if self.options.strict and report.missed:
-            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
-            raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
-        if result is not module:
-            agree_when_run(result, report, self.options.agree_timeout)
-            splice(module.graph, result, context.origin)
-            if lowers(self.options, values):
-                self._lower(module, report, config)
-            elif self.options.overlap != "off":
-                overlap(module.graph, self.options.overlap_memory, pinned=True)
-            if isinstance(graph, GraphModule):
-                graph.recompile()
+        if result is module or (self.options.strict and report.missed):
+            return
+        agree_when_run(result, report, self.options.agree_timeout)
+        copy = copy_graph(module)
+        copied = dict(zip(module.graph.nodes, copy.graph.nodes, strict=True))
+        in_copy = {node: copied[old] for node, old in context.origin.items()}
+        self._put(copy, result, in_copy, values, replace(report, lowered=[]), config)
+        self._put(module, result, context.origin, values, report, config)
+
+    def _put(
+        self,
+        module: GraphModule,
+        result: GraphModule,
+        origin: dict[Node, Node],
+        values: Sequence[Any],
+        report: Report,
+        config: Any,
+    ) -> None:
+        splice(module.graph, result, origin)
+        if lowers(self.options, values):
+            self._lower(module, report, config)
+        elif self.options.overlap != "off":
+            overlap(module.graph, self.options.overlap_memory, pinned=True)
+
+    def _agree_to_decline(self, module: GraphModule) -> None:
+        """The other ranks must have left the graph as it came too: it exchanges otherwise."""
+        groups = groups_in(module)
+        if self.options.ep_group is not None:
+            groups.add(self.options.ep_group.group_name)
+        for name in sorted(groups):
+            ensure(name, describe([], training=False), self.options.agree_timeout)
 
     def _lower(self, module: GraphModule, report: Report, config: Any) -> None:
         sync = next((plan.capture for plan in report.plans if plan.host_sync), "")

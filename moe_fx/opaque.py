@@ -71,7 +71,9 @@ def hide(module: GraphModule) -> tuple[GraphModule, list[int]]:
             stand_in.meta = dict(node.meta)
             node.replace_all_uses_with(result)
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    for node in module.graph.find_nodes(op="get_attr"):
+        if not node.users:  # the subgraphs of what was hidden
+            module.graph.erase_node(node)
     module.recompile()
     return module, keys
 

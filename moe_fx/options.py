@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
 )
 
+from moe_fx.compat import inductor_mode
 from moe_fx.errors import ConfigurationError
 from moe_fx.plan import PADDED
 
@@ -36,6 +37,9 @@ class Options(BaseModel):
     base: the compiler that gets the rewritten graph: "inductor", "npugraph_ex" or "torchair" (both
         of torch_npu: docs/ascend.md), "aot_eager", "eager", or any other registered torch.compile
         backend.
+    mode: of "inductor": as torch.compile's ``mode``, which it refuses beside ``options``:
+        "reduce-overhead", "max-autotune", ... CUDA graphs are made of a graph only if nothing in it
+        makes the host wait for the device (`moe_fx.plan.ExchangePlan.host_sync`).
     base_options: options for that compiler: Inductor's ``options``, npugraph_ex's ``options``,
         attributes of torchair's ``CompilerConfig`` by their dotted names.
     lower: make ops of the device of the dialect ops: "auto": on an NPU; "off"; "npu": wherever the
@@ -66,6 +70,7 @@ class Options(BaseModel):
 
     ep_group: Any = Field(default=None, repr=False)
     base: str = "inductor"
+    mode: str | None = None
     base_options: Mapping[str, Any] = Field(default_factory=dict)
     lower: Lower = "auto"
     exchange_cores: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
@@ -79,6 +84,20 @@ class Options(BaseModel):
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
+
+    @field_validator("mode")
+    @classmethod
+    def _is_mode(cls, mode: str | None, info: ValidationInfo) -> str | None:
+        base = info.data.get("base")
+        if mode in (None, "default"):
+            return None
+        if base != "inductor":
+            raise ValueError(f"is for base='inductor', not {base!r}")
+        try:
+            inductor_mode(mode)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        return mode
 
     @field_validator("capacity_factor")
     @classmethod
@@ -113,12 +132,29 @@ class Options(BaseModel):
         )
 
 
-def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
-    """Validated `Options`; raises `ConfigurationError` naming each option that is wrong."""
+def parse_options(
+    options: Mapping[str, Any] | Options | None,
+    mode: str | None = None,
+    unknown: Mapping[str, Any] | None = None,
+) -> Options:
+    """Validated `Options`; raises `ConfigurationError` naming each option that is wrong. mode,
+    unknown: what torch.compile gives beside the options."""
+    if unknown:
+        raise ConfigurationError(
+            f"moe_fx takes no {', '.join(sorted(unknown))}: only options={{...}} or mode=. "
+            f"The options are: {', '.join(Options.model_fields)}; see moe_fx.Options."
+        )
     if isinstance(options, Options):
-        return options
+        if mode is None:
+            return options
+        options = dict(options)
+    given = dict(options or {})
+    if mode is not None:
+        if given.get("mode") not in (None, mode):
+            raise ConfigurationError(f"mode={mode!r} and the option mode={given['mode']!r} differ.")
+        given["mode"] = mode
     try:
-        return Options(**(options or {}))
+        return Options(**given)
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"

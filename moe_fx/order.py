@@ -9,20 +9,30 @@ chunks have of the same weights become one (`passes/sum_gradients.py`), in their
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 
-from moe_fx.compat import CustomGraphPass, base_compiler, inductor_passes
+from moe_fx.compat import (
+    CustomGraphPass,
+    base_compiler,
+    inductor_cuda_graphs,
+    inductor_mode,
+    inductor_passes,
+)
 from moe_fx.errors import ConfigurationError
-from moe_fx.options import ORDERS_LATER, Options
+from moe_fx.options import Options
 from moe_fx.passes.gradient_layout import lay_out_gradients
 from moe_fx.passes.overlap import overlap
 from moe_fx.passes.sum_gradients import sum_gradients
 from moe_fx.plan import ExchangePlan
+from moe_fx.report import Report
 from moe_fx.sources import SOURCES
+
+log = logging.getLogger("moe_fx")
 
 
 class OrderPass(CustomGraphPass):
@@ -55,32 +65,42 @@ def beside(base_options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
     return {**base_options, **own}
 
 
-def base_arguments(options: Options) -> dict[str, Any]:
-    """How the base compiler takes its options."""
-    if not options.base_options:
-        return {}
-    name = "config_patches" if options.base == "inductor" else "options"
-    return {name: dict(options.base_options)}
-
-
 def compile_by_base(
     module: GraphModule,
     inputs: Sequence[Any],
     options: Options,
-    plans: Sequence[ExchangePlan],
+    report: Report,
     training: bool,
 ) -> Callable[..., Any]:
-    """``module``, in which ``plans`` were carried out, compiled by ``options.base``. If that calls
-    `OrderPass`, gradients become what they should be and exchanges run beside compute."""
+    """``module``, in which the report's plans were carried out, compiled by ``options.base``. If
+    that calls `OrderPass`, gradients become what they should be and exchanges run beside compute.
+    """
     compiler = base_compiler(options.base)
+    if options.base != "inductor":
+        given = {"options": dict(options.base_options)} if options.base_options else {}
+        return compiler(module, list(inputs), **given)
+    patches = inductor_mode(options.mode) | beside(
+        options.base_options, _own_settings(options, report.plans, training)
+    )
+    sync = next((plan.capture for plan in report.plans if plan.host_sync), "")
+    if sync and patches.get("triton.cudagraphs", inductor_cuda_graphs()):
+        note = f"CUDA graphs are off for this graph: it is {sync}"
+        log.warning("%s. Strategies without a host sync: docs/limits.md", note)
+        report.notes.append(note)
+        patches["triton.cudagraphs"] = False
+    return compiler(module, list(inputs), **({"config_patches": patches} if patches else {}))
+
+
+def _own_settings(
+    options: Options, plans: Sequence[ExchangePlan], training: bool
+) -> dict[str, Any]:
     overlaps = options.overlap != "off" and any(plan.exchanges for plan in plans)
-    if options.base not in ORDERS_LATER or not (overlaps or (plans and training)):
-        return compiler(module, list(inputs), **base_arguments(options))
+    if not (overlaps or (plans and training)):
+        return {}
     memory = options.overlap_memory if overlaps else None
     own: dict[str, Any] = {"post_grad_custom_pre_pass": inductor_passes(OrderPass(memory))}
     if overlaps:
         # The first would start each exchange where it is waited for, the second do the filling
         # before anything is started.
         own |= {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-    patches = beside(options.base_options, own)
-    return compiler(module, list(inputs), config_patches=patches)
+    return own

@@ -32,14 +32,17 @@ def outline(module: GraphModule) -> GraphModule:
     """A copy of Dynamo's graph in which each outermost level is one ``call_module`` node, whose
     ``example_value`` is a tuple of tensors; the graph itself if there is none.
 
-    A level stays as it is if it changes a tensor in place, or if anything but tensors comes out.
+    A level stays as it is if it changes in place what it has not made, or if anything but tensors
+    comes out.
     """
     if not any(enters_a_level(node) for node in module.graph.nodes):
         return module
     module = GraphModule(module, copy.deepcopy(module.graph))
     for at, level in enumerate(_levels(module.graph)):
         results = [node for node in level if any(user not in level for user in node.users)]
-        if not any(_in_place(node) for node in level) and all(map(_is_tensor, results)):
+        if not any(_changes_others(node, level) for node in level) and all(
+            map(_is_tensor, results)
+        ):
             _replace(module, level, results, f"{_PREFIX}{at}")
     module.recompile()
     return module
@@ -85,6 +88,26 @@ def _replace(module: GraphModule, level: dict[Node, None], results: list[Node], 
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("example_value"), Tensor)
+
+
+def _changes_others(node: Node, level: dict[Node, None]) -> bool:
+    """Whether ``node`` changes in place what the level may not have made itself."""
+    if not _in_place(node):
+        return False
+    changed = node.args[0] if node.args else None
+    made_here = isinstance(changed, Node) and changed in level and _op_name(changed) in _MAKERS
+    return not made_here
+
+
+_MAKERS = frozenset(
+    f"{prefix}{kind}{suffix}"
+    for kind in ("zeros", "ones", "full", "empty")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+) | {"clone"}
+
+
+def _op_name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else _name(node)
 
 
 def _in_place(node: Node) -> bool:

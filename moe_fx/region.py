@@ -215,6 +215,8 @@ class Declined:
     nearest_form: the form whose conditions went furthest before one failed.
     reads_experts: False if nothing behind the selection reads a table of as many experts as it
         selects from (attention to selected tokens, sampling): no MoE layer was missed here.
+    bug: the traceback, where moe_fx itself failed and left the whole graph as it came; please
+        report it. "" for any other reason.
     """
 
     reason: str
@@ -222,6 +224,7 @@ class Declined:
     source: str
     nearest_form: str = ""
     reads_experts: bool = True
+    bug: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,8 @@ class Report:
     """regions, declined: in graph order. plans: one per region that is not "exchanged" already.
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
     lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
-    compiles, after ``on_report``."""
+    compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
+    compilation beside the layers, and why."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Report:
     pass_seconds: dict[str, float] = field(default_factory=dict)
     graphs: int = 0
     lowered: list[Lowered] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -47,8 +50,14 @@ class Report:
         self.plans += other.plans
         self.graphs += other.graphs
         self.lowered += other.lowered
+        self.notes += other.notes
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
+
+    @property
+    def bugs(self) -> list[Declined]:
+        """Where moe_fx itself failed, and left the graph as it came."""
+        return [declined for declined in self.declined if declined.bug]
 
     @property
     def missed(self) -> list[Declined]:
@@ -65,6 +74,7 @@ class Report:
             "plans": [asdict(plan) | {"host_sync": plan.host_sync} for plan in self.plans],
             "pass_seconds": self.pass_seconds,
             "lowered": [asdict(each) for each in self.lowered],
+            "notes": self.notes,
         }
 
     def to_text(self) -> str:
@@ -76,8 +86,10 @@ class Report:
         lines += [
             f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
             + (f", nearest form {d.nearest_form}" if d.nearest_form else "")
+            + (f"\n{indent(d.bug, '  | ')}" if d.bug else "")
             for d in self.declined
         ]
+        lines += [f"- note: {note}" for note in self.notes]
         if not self.regions and not self.declined:
             lines.append("no graph selects experts with a top-k")
         return "\n".join(lines)
@@ -98,7 +110,7 @@ class Report:
         """One self-contained HTML page: per region its source, its nodes before and after the
         rewrite and what was verified; per declined candidate the reason and its source. Also
         written to ``path`` if one is given. Source lines are read from the files now."""
-        text = page(self.regions, self.declined, self.plans)
+        text = page(self.regions, self.declined, self.plans, self.notes)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -109,6 +121,8 @@ class Report:
             console.print(self._regions_table())
         if self.declined:
             console.print(self._declined_table())
+        for note in self.notes:
+            console.print(f"Note: {note}", markup=False, highlight=False)
         if not self.regions and not self.declined:
             console.print("No MoE layer found: no graph selects experts.")
 
@@ -134,7 +148,8 @@ class Report:
         return table
 
     def _declined_table(self) -> Table:
-        table = Table(title=f"Declined: {len(self.declined)}")
+        bugs = f" ({len(self.bugs)} by a bug of moe_fx)" if self.bugs else ""
+        table = Table(title=f"Declined: {len(self.declined)}{bugs}")
         for heading in ("reason", "node", "nearest form", "source"):
             table.add_column(heading, overflow="fold")
         for declined in self.declined:

@@ -55,7 +55,10 @@ class _Layers:
 
 
 def page(
-    regions: Sequence[Region], declined: Sequence[Declined], plans: Sequence[ExchangePlan]
+    regions: Sequence[Region],
+    declined: Sequence[Declined],
+    plans: Sequence[ExchangePlan],
+    notes: Sequence[str],
 ) -> str:
     """``plans``: one per region, or none."""
     sources = Sources()
@@ -71,6 +74,7 @@ def page(
         regions=regions,
         layers=list(_alike(regions, plans, sources)),
         declined=[(d, sources.excerpts([d.source], _AROUND_SELECTION)) for d in declined],
+        notes=notes,
         light=Markup(style_sheet("default", ".code")),
         dark=Markup(style_sheet("github-dark", ".code")),
     )

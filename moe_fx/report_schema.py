@@ -41,6 +41,7 @@ def _report() -> type[BaseModel]:
         "plans": list[plan],  # type: ignore[valid-type]
         "pass_seconds": dict[str, float],
         "lowered": list[_model(Lowered)],  # type: ignore[misc]
+        "notes": list[str],
     }
     return _of_types("Report", types)
 

@@ -325,6 +325,8 @@ class _Reader:
         try:
             return self.readings.prove(trials, self.ids, body, base)
         except Refusal as refusal:
+            if layout.not_constant is not None:
+                raise layout.not_constant from None  # the body may go on above it
             for node in filter(self.starts.reads_table, trials.nodes):
                 if refusal.progress == 6 and node not in layout.laid:
                     self._explain(layout, node)

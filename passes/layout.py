@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from moe_fx.passes.extract import structure_of
 from moe_fx.passes.roles import (
@@ -137,6 +138,12 @@ class Layout:
     # -- the body's graph ----------------------------------------------------------------------
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
+        def belongs(argument: Node) -> Node:
+            if argument.graph is not self.body.graph:
+                raise NotConstant(f"{op} takes {argument}, which is {_NOT_CONSTANT}", argument, 6)
+            return argument
+
+        map_arg((args, kwargs), belongs)
         return self.body.graph.call_function(op, args, kwargs)
 
     def _operand(self, stands_for: Node | tuple[Node, ...], name: str) -> Node:
@@ -151,7 +158,7 @@ class Layout:
     def _features_of(self, node: Node, features: Sequence[bool]) -> list[int]:
         sizes = [s for s, feature in zip(shape(node), features, strict=True) if feature]
         if not all(isinstance(size, int) for size in sizes):
-            raise Refusal(f"{node} has a feature size that is not a constant", node, 3)
+            raise NotConstant(f"{node} has a feature size that is {_NOT_CONSTANT}", node, 6)
         return sizes
 
     def table(self, node: Node, expert_dim: int, order: Sequence[int]) -> Node:
@@ -238,6 +245,16 @@ class Layout:
             for placeholder, of in self.body.operands.items()
             if placeholder in self.body.tables
         )
+
+
+class NotConstant(Refusal):
+    """A size in the experts' body varies."""
+
+
+_NOT_CONSTANT = (
+    "not a constant, as when a second width of experts is compiled with dynamic shapes "
+    "(dynamic=False compiles each by itself)"
+)
 
 
 def product(sizes: Sequence[int]) -> int:

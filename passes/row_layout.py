@@ -33,7 +33,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.passes.contraction import contraction
 from moe_fx.passes.feature_dims import DIM_OF, TRAILING
-from moe_fx.passes.layout import Kind, Laid, is_buffer
+from moe_fx.passes.layout import Kind, Laid, NotConstant, is_buffer
 from moe_fx.passes.layout_matmuls import LayoutMatmuls
 from moe_fx.passes.layout_moves import READS_BY_INDEX, WRITES_BY_INDEX, LayoutMoves, trailing
 from moe_fx.passes.roles import (
@@ -74,6 +74,12 @@ _PERMUTES = (aten.transpose.int, aten.permute.default)
 class RowLayout(LayoutMoves, LayoutMatmuls):
     """``lay`` gives a captured node's value in the layout of rows. ``met``: the nodes in which rows
     met a table so far."""
+
+    @property
+    def not_constant(self) -> NotConstant | None:
+        """What kept the body from reaching further, if a size did."""
+        refused = self._refused.values()
+        return next((each for each in refused if isinstance(each, NotConstant)), None)
 
     def lay(self, node: Node) -> Laid:
         """Iterative, since bodies may be long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,14 +91,21 @@ _SIGNS = _CERTAIN_SIGNS | {"sort", "argsort", "one_hot"}
 def may_select_experts(module: GraphModule, *, certain: bool = False) -> bool:
     """Cheap test on a graph at any level, subgraphs included: may it hold an MoE layer? With
     ``certain``, by signs that hardly anything else has."""
-    signs = _CERTAIN_SIGNS if certain else _SIGNS
-    return any(
-        _op_name(node) in signs or _gathers_matrices(node) or (not certain and _compares(node))
-        for graph_module in module.modules()
-        if isinstance(graph_module, GraphModule)
-        for node in graph_module.graph.nodes
-        if node.op in ("call_function", "call_method")
-    )
+    return next(signs(module, certain=certain), None) is not None
+
+
+def signs(module: GraphModule, *, certain: bool = False) -> Iterator[Node]:
+    """The nodes that `may_select_experts` goes by."""
+    names = _CERTAIN_SIGNS if certain else _SIGNS
+    for graph_module in module.modules():
+        if isinstance(graph_module, GraphModule):
+            for node in graph_module.graph.nodes:
+                if node.op in ("call_function", "call_method") and (
+                    _op_name(node) in names
+                    or _gathers_matrices(node)
+                    or (not certain and _compares(node))
+                ):
+                    yield node
 
 
 def _op_name(node: Node) -> str:
