@@ -162,7 +162,12 @@ class Report:
 def _region_dict(region: Region) -> dict[str, Any]:
     plain = {name: getattr(region, name) for name in report_schema.names(Region)}
     verification = None if region.verification is None else asdict(region.verification)
-    return plain | {"router": asdict(region.router), "verification": verification}
+    effects = [asdict(effect) for effect in region.effects]
+    return plain | {
+        "router": asdict(region.router),
+        "verification": verification,
+        "effects": effects,
+    }
 
 
 def _line(region: Region) -> str:

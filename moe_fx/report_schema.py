@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import BaseModel, Field, create_model
 
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Lowered, Region, Router, Verification
+from moe_fx.region import Declined, Effect, Lowered, Region, Router, Verification
 
 VERSION = 1
 """Grows when a field is taken away or changes its meaning; not when one is added."""
@@ -31,7 +31,8 @@ def json_schema(description: str) -> dict[str, Any]:
 @cache
 def _report() -> type[BaseModel]:
     router, verification = _model(Router), _model(Verification)
-    region = _model(Region, router=router, verification=verification | None)
+    effects = list[_model(Effect)]  # type: ignore[misc]
+    region = _model(Region, router=router, verification=verification | None, effects=effects)
     plan = _model(ExchangePlan, host_sync=str)
     types: dict[str, Any] = {
         "version": Literal[1],

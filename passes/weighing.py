@@ -240,6 +240,8 @@ class Sample:
     ) -> None:
         self.trials, self.body, self.values = trials, body, values
         self.ids = ids.matrix(values, trials.selection.top_k)
+        if not self.ids.numel():
+            raise Refusal("unproved: the graph is for no tokens at all", trials.result, 6)
         experts = trials.selection.num_experts
         if int(self.ids.min()) < 0 or int(self.ids.max()) >= experts:
             raise Refusal(f"ids beyond the {experts} experts are selected", trials.result, 5)

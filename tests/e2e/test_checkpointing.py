@@ -146,9 +146,10 @@ def test_other_compilers_gather_again(ranks2: RankPool, where: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_compiled_layers_in_checkpoints_that_are_not(ranks2: RankPool, reentrant: bool) -> None:
-    for step in check(ranks2, "", around=True, reentrant=reentrant, verify="off"):
+    for step in check(ranks2, "", around=True, reentrant=reentrant):
+        assert step.reports
         assert all(len(report["regions"]) == 1 for report in step.reports)
-        assert step.again["moe_fx.all_to_all"] == 8
+        assert all(plan["strategy"] == "alltoall" for r in step.reports for plan in r["plans"])
 
 
 @pytest.mark.parametrize("base", ["eager", "aot_eager"])
