@@ -448,5 +448,6 @@ def _base(trials: Trials, around: Surroundings, others: list[Node], result: Node
     ]
     if len(found) > 1:
         names = ", ".join(node.name for node in found)
-        raise Refusal(f"the experts' rows are added to more than one tensor: {names}", result, 4)
+        reason = f"the experts' rows are added to more than one tensor: {names}"
+        raise Refusal(f"{reason} (or not all experts compute the same)", result, 4)
     return found[0] if found else None

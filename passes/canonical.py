@@ -78,7 +78,12 @@ class _Builder:
             raise Refusal(f"{late[0]} is computed behind the experts' result", late[0], 5)
         tokens = self._matrix(reading.tokens, shape(reading.tokens)[-1])
         ids = self._ids()
+        valid = self._valid(ids) if reading.weighing.guarded else None
+        if valid is not None:
+            ids = self.outer(aten.where.ScalarOther, valid, ids, 0)
         weights = self._weights(ids)
+        if valid is not None:
+            weights = self._without(weights, valid)
         self.roles |= {node: PerToken() for node in (ids, weights) if node is not None}
         counts = self.call(ops.expert_counts.default, ids, reading.selection.num_experts)
         permuted = self.call(ops.permute.default, tokens, ids)
@@ -130,6 +135,18 @@ class _Builder:
         each = self.reading.selection.top_k // len(nodes)
         columns = [self._matrix(node, each) for node in nodes]
         return columns[0] if len(columns) == 1 else self.outer(aten.cat.default, columns, 1)
+
+    def _valid(self, ids: Node) -> Node:
+        """Which ids are those of experts; the others count for nothing."""
+        low = self.outer(aten.ge.Scalar, ids, 0)
+        high = self.outer(aten.lt.Scalar, ids, self.reading.selection.num_experts)
+        return self.outer(aten.logical_and.default, low, high)
+
+    def _without(self, weights: Node | None, valid: Node) -> Node:
+        if weights is not None:
+            return self.outer(aten.where.ScalarOther, valid, weights, 0.0)
+        dtype = value(self.reading.tokens).dtype
+        return self.outer(aten._to_copy.default, valid, dtype=dtype)
 
     def _weights(self, ids: Node) -> Node | None:
         weighing, top_k = self.reading.weighing, self.reading.selection.top_k

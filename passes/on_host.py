@@ -7,7 +7,8 @@ magnitude faster. ``histc`` takes integers, as on CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from moe_fx.passes.roles import is_grouped_matmul
+from moe_fx.passes.roles import is_grouped_matmul, value
 
 aten = torch.ops.aten
 
 Reference = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
 
 _COARSE = (torch.float16, torch.bfloat16)
+ROUNDED = frozenset((*_COARSE, torch.float32))
 _HOST = torch.device("cpu")
 
 
@@ -36,12 +38,15 @@ def reference_ops(module: GraphModule) -> dict[Any, Reference]:
     return _REFERENCES | dict.fromkeys(targets, _grouped)
 
 
-def call_on_host(node: Node, values: Mapping[Node, Any]) -> Any:
-    """The value of a captured node, of the values of its inputs."""
+def call_on_host(node: Node, values: Mapping[Node, Any], exact: bool = False) -> Any:
+    """The value of a captured node, of the values of its inputs. exact: in float64 where the model
+    computes in float32 or less (`exactly`)."""
 
     def given(argument: Any) -> Any:
         if isinstance(argument, Node):
             return values[argument]
+        if exact and isinstance(argument, torch.dtype):
+            return torch.float64 if argument in ROUNDED else argument
         return _HOST if isinstance(argument, torch.device) else argument
 
     args: Any = map_aggregate(node.args, given)
@@ -51,6 +56,28 @@ def call_on_host(node: Node, values: Mapping[Node, Any]) -> Any:
         return reference(node, args, kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
+
+
+@contextmanager
+def exactly(exact: bool) -> Iterator[None]:
+    """What is an equation holds in float64 to more digits than a mistake could hide in. Integers
+    that become floats become float64 too."""
+    before = torch.get_default_dtype()
+    if exact:
+        torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def can_be_exact(nodes: Iterable[Node]) -> bool:
+    """Whether no op reads the bits of floats, or makes floats of bits."""
+    return not any(
+        node.target is aten.view.dtype
+        and ROUNDED.intersection((value(node).dtype, value(node.args[0]).dtype))
+        for node in nodes
+    )
 
 
 def _histc(_node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -24,6 +24,7 @@ from torch.fx import Node
 
 from moe_fx.passes.roles import Refusal, shape, value
 from moe_fx.passes.trials import Case
+from moe_fx.passes.typical import kind_of
 
 if TYPE_CHECKING:
     from moe_fx.passes.weighing import Sample, Samples, Weighing
@@ -93,9 +94,14 @@ def _check(
     together: list[tuple[Node, ...]],
 ) -> None:
     nodes = [node for group in together for node in group]
-    for again in range(1, 1 + _WAYS):
+    discrete = any(kind_of(node) in ("integers", "bools") for node in nodes)
+    for again in range(1, 1 + _WAYS * (4 if discrete else 1)):
         after = samples.of(samples.trials.rerun(case, sample.values, nodes, again))
         error = after.error(weighing)
+        samples.beyond |= after.valid is not None
+        if error > samples.tolerance and after.valid is not None:
+            reason = f"with other values of {nodes[0]} ids of no expert are selected"
+            raise Refusal(reason, samples.trials.result, 6)
         if error > samples.tolerance:
             raise Refusal(
                 f"with other values of {nodes[0]} alone the result is not the weighted sum of the "

@@ -51,7 +51,8 @@ def ids_of(anchor: Anchor, selection: Selection) -> Ids:
 
 
 def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
-    """Why the experts of a loop are not all there: the ids are compared with some of them only."""
+    """Why the experts of a loop are not all there, or not alike: the ids are compared with some of
+    them only, or with all."""
     compared: set[int] = set()
     found, stack = set(ids.nodes), list(ids.nodes)
     while stack:
@@ -64,8 +65,11 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     num = selection.num_experts
     experts = set(range(num)) if isinstance(num, int) else set()
     missing, compared = sorted(experts - compared), compared & experts
-    if len(compared) < 2 or not missing:
+    if len(compared) < 2:
         return None  # the caller's refusal says what there is to say
+    if not missing:
+        reason = f"the {num} experts do not all compute the same on the tokens, each with its own"
+        return Refusal(f"{reason} parameters", selection.node, 3)
     names = ", ".join(map(str, missing))
     return Refusal(
         f"the selected ids are compared with {len(compared)} of {num} experts, never with {names}",

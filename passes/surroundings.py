@@ -141,10 +141,16 @@ class Surroundings:
         if "table" in kinds:
             return "mixed" if "activation" in kinds else "table"
         if "route" in kinds:
-            looked_up = any(self._what[n] == "parameter" and _is_table(n) for n in sources)
+            looked_up = any(self._what[n] == "parameter" and self._is_table(n) for n in sources)
             return "table" if looked_up else "route"
         computed = len(sources) > 1 and self._is_unscored(node)
         return "activation" if computed or "activation" in kinds else "parameter"
+
+    def _is_table(self, node: Node) -> bool:
+        """Floats that may have an entry per expert; not one that has one per token (a scale)."""
+        dims = shape(node)
+        floating = len(dims) > 1 and value(node).dtype.is_floating_point
+        return floating and not _leads(dims, self.selection)
 
     def is_above(self, node: Node) -> bool:
         """Whether the logits are computed from ``node``."""
@@ -253,10 +259,6 @@ def is_summed_over_ranks(node: Node) -> bool:
         if reader.target in (*VIEWS, *ELEMENTWISE_COPIES):
             readers += reader.users
     return False
-
-
-def _is_table(node: Node) -> bool:
-    return len(shape(node)) > 1 and value(node).dtype.is_floating_point
 
 
 def _logits(selection: Selection) -> list[Node]:

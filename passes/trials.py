@@ -21,7 +21,7 @@ from moe_fx.compat import number, symbols
 from moe_fx.passes.gathers import gather_of
 from moe_fx.passes.layout import Body
 from moe_fx.passes.names import view_root
-from moe_fx.passes.on_host import call_on_host
+from moe_fx.passes.on_host import ROUNDED, call_on_host, can_be_exact, exactly
 from moe_fx.passes.roles import Refusal, Selection, is_integer, shape, value
 from moe_fx.passes.surroundings import Surroundings
 from moe_fx.passes.typical import drawn, kind_of
@@ -30,6 +30,13 @@ from moe_fx.passes.uses import reads_values
 _UNKNOWN = 6  # what stands for a size of which nothing is known
 _MOST_TOKENS = 2048
 _SEEDS, _FIXED = 1009, 7  # of an input; of a parameter, in every case
+_SIZES = (1.0, 0.0, 1e6, 1e-3, 1e12)
+
+_LIMITS = (
+    *(getattr(torch.ops.aten, name).Scalar for name in ("lt", "le", "gt", "ge")),
+    torch.ops.aten.clamp.default,
+    torch.ops.aten.clamp_max.default,
+)
 
 Values = dict[Node, Any]
 
@@ -38,7 +45,7 @@ Values = dict[Node, Any]
 class Case:
     """logits: how they are drawn; ``first``: the expert that the first token prefers, if every
     expert is preferred in turn. more_tokens: than the graph was captured with. own: inputs have the
-    values that are known of them."""
+    values that are known of them. sizes: tokens, and logits, are from zero to very large."""
 
     name: str
     logits: str
@@ -46,6 +53,7 @@ class Case:
     more_tokens: bool = False
     own: bool = False
     first: int = 0
+    sizes: bool = False
 
 
 CASES = (
@@ -57,6 +65,7 @@ CASES = (
     Case("ties", "ties"),
     Case("every expert in turn", "turns"),
 )
+SIZES = Case("tokens from zero to very large", "sizes", 9, sizes=True)
 OWN = Case("the values at capture", "normal", 6, own=True)
 MORE_TOKENS = (
     Case("more tokens", "normal", 4, more_tokens=True),
@@ -82,16 +91,35 @@ class Trials:
         for node in self.nodes:
             if "c10d" in getattr(node.target, "namespace", ""):
                 raise Refusal("a collective takes part between tokens and result", node, 5)
+        self.exact = can_be_exact(self.nodes)
         dims = [size for node in self.inputs for size in shape(node)]
         dims += [value(n) for n in self.inputs if isinstance(value(n), torch.SymInt)]
         self._numbers = symbols(dims, _UNKNOWN)
         lead = shape(tokens[0])[:-1]
         self._growing = [s for s in symbols(lead, _UNKNOWN) if s in self._numbers]
+        if self._growing:
+            self._check_reach()
+
+    def _check_reach(self) -> None:
+        """A number that positions or counts are compared with may be a capacity: trials must have
+        so many tokens."""
+        for node in self.nodes:
+            source: Any = node.args[0] if node.args else None
+            if node.target not in _LIMITS or not isinstance(source, Node) or not is_integer(source):
+                continue
+            reached = [a for a in node.args[1:] if type(a) is int and abs(a) >= _MOST_TOKENS // 2]
+            if reached and self.around.what(source) == "route":
+                raise Refusal(
+                    f"unproved: what {node} compares with {reached[0]} is a count or a position, "
+                    f"perhaps, and trials have {_MOST_TOKENS} tokens at most",
+                    node,
+                    5,
+                )
 
     @property
     def cases(self) -> tuple[Case, ...]:
         known = any("real" in node.meta or "scalar" in node.meta for node in self.inputs)
-        return CASES + (OWN,) * known + MORE_TOKENS * bool(self._growing)
+        return CASES + (SIZES,) + (OWN,) * known + MORE_TOKENS * bool(self._growing)
 
     @property
     def turns(self) -> Iterator[Case]:
@@ -167,9 +195,11 @@ class Trials:
     ) -> None:
         """cut: nodes that no gradient flows through."""
         try:
-            for node in nodes:
-                made = call_on_host(node, values)
-                values[node] = made.detach() if node in cut and isinstance(made, Tensor) else made
+            with exactly(self.exact):
+                for node in nodes:
+                    made = call_on_host(node, values, self.exact)
+                    cuts = node in cut and isinstance(made, Tensor)
+                    values[node] = made.detach() if cuts else made
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise Refusal(
                 f"could not be run with {case.name}: {type(error).__name__}: {error}", node, 5
@@ -177,6 +207,17 @@ class Trials:
 
     def _drawn(self, node: Node, case: Case, again: int = 0) -> Any:
         """again: another value than that of 0."""
+        made = self._typical(node, case, again)
+        if not isinstance(made, Tensor) or made.dtype not in ROUNDED:
+            return made
+        whole = made.double() if self.exact else made
+        if case.sizes and node in self.tokens:
+            flat = whole.reshape(-1, made.shape[-1])
+            factors = torch.tensor(_SIZES, dtype=whole.dtype)[torch.arange(len(flat)) % len(_SIZES)]
+            whole = (flat * factors.unsqueeze(1)).reshape(made.shape)
+        return whole
+
+    def _typical(self, node: Node, case: Case, again: int) -> Any:
         numbers = self._sizes(case)
         val = value(node)
         if isinstance(val, torch.SymInt):
@@ -192,7 +233,7 @@ class Trials:
             generator = torch.Generator().manual_seed(seed + again)
             return self._logits(node, case, numbers, generator)
         if is_token and first is not node and first in self.inputs:
-            return self._drawn(first, case, again).reshape(sizes)
+            return self._typical(first, case, again).reshape(sizes)
         return drawn(node, sizes, seed, again=again, own=case.own, weight=not is_token)
 
     def _sizes(self, case: Case) -> dict[Any, int]:
@@ -231,6 +272,7 @@ class Trials:
             "last": noise * 0.1 + slope,
             "first": noise * 0.1 - slope,
             "turns": noise + preferred,
+            "sizes": noise * 1e3,
         }
         return ways[case.logits].to(dtype)
 

@@ -13,6 +13,8 @@ for all rows, by the choice of values alone:
   it may be a limit that values seldom reach;
 - a constant of the graph is what it is, and what is known of an input when the graph was captured
   (``meta["real"]``: of integers, bools and masks) is drawn from: its own entries, in another order.
+  One in three changes of integers is to any that their use allows: a map of ids need not stay one
+  to one.
 """
 
 from __future__ import annotations
@@ -89,19 +91,19 @@ def drawn(
         return torch.tensor(_scalar(node, again), dtype=val.dtype)
     if real is not None and val.dim() == 0:
         return real.clone() if not again else _another(real, again)
-    if real is not None and len(real.unique()) > 1:
-        return _reordered(real, sizes, generator)
     uses = uses_of(node)
+    if real is not None and len(real.unique()) > 1 and (again % 3 != 1 or real.is_floating_point()):
+        return _reordered(real, sizes, generator)
     if val.dtype == torch.bool:
         made = torch.rand(list(sizes), generator=generator) < 0.5
-        return _with_both(made, seed)
+        return _with_both(made, seed, again)
     if val.is_complex():
         return torch.randn(list(sizes), dtype=val.dtype, generator=generator)
     if val.is_floating_point():
         made = _floats(list(sizes), val.dtype, uses, generator)
         shrunk = weight and uses.multiplied and len(sizes) > 1 and val.dtype.itemsize > 1
         return _scaled(made, max(1, sizes[-1]) ** -0.5) if shrunk else made
-    return _integers(list(sizes), val.dtype, uses, generator)
+    return _integers(list(sizes), val.dtype, uses, generator, real)
 
 
 def random_tensor(sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -164,11 +166,11 @@ def _reordered(real: Tensor, sizes: Sequence[int], generator: torch.Generator) -
     return made.reshape(list(sizes))
 
 
-def _with_both(made: Tensor, seed: int) -> Tensor:
-    """``made`` with both values, in other places for another seed; one entry: by the seed."""
+def _with_both(made: Tensor, seed: int, again: int) -> Tensor:
+    """``made`` with both values, in other places for another seed; one entry: true, or changed."""
     flat = made.reshape(-1)
     if len(flat) == 1:
-        flat[0] = seed % 2 == 0
+        flat[0] = again % 2 == 0
     elif len(flat):
         flat[seed % len(flat)] = False
         flat[(seed + 1) % len(flat)] = True
@@ -192,7 +194,11 @@ def _floats(sizes: list[int], dtype: torch.dtype, uses: Uses, generator: torch.G
 
 
 def _integers(
-    sizes: list[int], dtype: torch.dtype, uses: Uses, generator: torch.Generator
+    sizes: list[int],
+    dtype: torch.dtype,
+    uses: Uses,
+    generator: torch.Generator,
+    real: Tensor | None,
 ) -> Tensor:
     info = torch.iinfo(dtype)
     whole = info.bits == 8 or (uses.bits and uses.below is None)
@@ -202,6 +208,8 @@ def _integers(
         low, high = max(info.min, -_LARGEST), min(info.max, _LARGEST) + 1
     elif uses.compared:
         low, high = int(min(uses.compared)) - 1, int(max(uses.compared)) + 2
+    elif real is not None and real.numel():
+        low, high = int(real.min()), int(real.max()) + 1
     else:
         low, high = 0, 4
     low, high = max(low, info.min), min(high, info.max + 1)

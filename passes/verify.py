@@ -228,11 +228,11 @@ class _Comparison:
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest change on a rank, relative to the largest entry there; results that show nothing
-    have not changed."""
+    """The largest change on a rank, relative to the largest entry there; of a result that shows
+    something, to one that is finite."""
     changes = [0.0]
     for left, right in zip(before, after, strict=True):
-        if tells(left) and tells(right):
+        if tells(left) and bool(right.isfinite().all()):
             changes.append(_relative_error(left, right))
     return max(changes)
 

@@ -30,7 +30,7 @@ from torch.fx import Node
 
 from moe_fx.passes.gradients import relative_errors
 from moe_fx.passes.layout import Body
-from moe_fx.passes.on_host import call_on_host
+from moe_fx.passes.on_host import call_on_host, exactly
 from moe_fx.passes.power import changes_of, tells
 from moe_fx.passes.roles import Refusal, Selection, same, shape, value
 from moe_fx.passes.trials import Case, Trials, Values
@@ -38,11 +38,13 @@ from moe_fx.passes.trials import Case, Trials, Values
 Shape = Literal["pairs", "experts", "experts first", "places", "ones"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+_EXACT = 1e-6
 _MASKS = 4
 _SECONDS = 30.0
 _AT_LEAST = 4
 _MUST_TELL = 2
 _SMALL = 1 << 20
+_LEAST = 1e-30
 _ROUNDING = 1e-2  # of a base that the experts' rows are small beside
 
 
@@ -61,12 +63,14 @@ class Ids:
 class Weighing:
     """node: the routing values, or None for ones. shape: an entry for each pair; for each token and
     expert ``[T, E]`` or ``[E, T]``; for each token, expert and place ``[T, E, C]``. mask: which
-    pairs count (None: all). before: the tokens are multiplied, not the experts' rows."""
+    pairs count (None: all). before: the tokens are multiplied, not the experts' rows. guarded: ids
+    may be of no expert, and count for nothing then."""
 
     node: Node | None
     shape: Shape
     mask: Node | None = None
     before: bool = False
+    guarded: bool = False
 
     def matrix(self, values: Values, ids: Tensor) -> Tensor | None:
         """``[T, K]`` weights."""
@@ -97,6 +101,8 @@ class Proof:
 
 
 def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: bool) -> Proof:
+    if trials.exact and not _runs_exactly(trials):
+        trials.exact = False
     samples = Samples(trials, ids, body, base)
     tolerance = samples.tolerance
     missed: tuple[float, str] | None = None
@@ -106,10 +112,13 @@ def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: boo
             changes = changes_of(samples, weighing)
             if training:
                 _check_gradients(trials, ids, body, base, weighing, tolerance)
-            return Proof(weighing, changes)
+            return Proof(replace(weighing, guarded=samples.beyond), changes)
         if missed is None or samples.got_further(miss, missed):
             missed = miss
     assert missed is not None
+    if samples.selects_beyond(missed[1]):
+        experts = trials.selection.num_experts
+        raise Refusal(f"ids beyond the {experts} experts are selected", trials.result, 6)
     error = missed[0]
     differs = f"relative difference {error:.1e}" if math.isfinite(error) else "another shape"
     raise Refusal(
@@ -118,6 +127,20 @@ def prove(trials: Trials, ids: Ids, body: Body, base: Node | None, training: boo
         trials.result,
         6,
     )
+
+
+def _of_rows(tensor: Tensor) -> Tensor:
+    """The largest entry of each row."""
+    return tensor.double().abs().amax(-1)
+
+
+def _runs_exactly(trials: Trials) -> bool:
+    """Whether all ops take float64 (some of other libraries do not)."""
+    try:
+        trials.run(trials.cases[0])
+    except Refusal:
+        return False
+    return True
 
 
 def _weighings(trials: Trials, body: Body) -> Iterator[Weighing]:
@@ -136,6 +159,7 @@ class Samples:
         self.trials, self.ids, self.body, self.base = trials, ids, body, base
         self.tolerance = _tolerance(trials)
         self.started = time.perf_counter()
+        self.beyond = False  # whether ids of no expert were seen, and left out
         self._made: list[Sample] = []
 
     def each(self) -> Iterator[tuple[Case, Sample]]:
@@ -158,6 +182,7 @@ class Samples:
             if error > self.tolerance:
                 return error, case.name
             told += sample.tells
+            self.beyond |= sample.valid is not None
         if told < _MUST_TELL:
             raise Refusal(
                 f"unproved: in {told} of the trials only was the result finite and not the same "
@@ -166,6 +191,10 @@ class Samples:
                 6,
             )
         return None
+
+    def selects_beyond(self, name: str) -> bool:
+        """Whether ids of no expert were met in the trial of this name."""
+        return any(case.name == name and sample.valid is not None for case, sample in self.each())
 
     def got_further(self, miss: tuple[float, str], other: tuple[float, str]) -> bool:
         names = [case.name for case in self.trials.cases]
@@ -243,8 +272,10 @@ class Sample:
         if not self.ids.numel():
             raise Refusal("unproved: the graph is for no tokens at all", trials.result, 6)
         experts = trials.selection.num_experts
-        if int(self.ids.min()) < 0 or int(self.ids.max()) >= experts:
-            raise Refusal(f"ids beyond the {experts} experts are selected", trials.result, 5)
+        valid = (self.ids >= 0) & (self.ids < experts)
+        self.valid: Tensor | None = None if bool(valid.all()) else valid
+        if self.valid is not None:
+            self.ids = self.ids.where(valid, 0)
         flat = self.ids.reshape(-1)
         self.sorted, self.order = torch.sort(flat, stable=True)
         self.offsets = torch.bincount(flat.long(), minlength=experts).cumsum(0)
@@ -253,15 +284,19 @@ class Sample:
         result = values[trials.result]
         self.expected = (result if base is None else result - values[base]).flatten(0, -2)
         self.result = result.detach()
-        largest = [float(x.detach().abs().max()) for x in (self.expected, result)]
-        self.scale = max(largest[0], _ROUNDING * largest[1], 1e-30)
-        self.finite = all(map(math.isfinite, largest))
+        largest = [_of_rows(x.detach()) for x in (self.expected, result.flatten(0, -2))]
+        if not trials.exact:  # rounding of large rows may be all that there is of small ones
+            largest = [rows.max().expand_as(rows) for rows in largest]
+        self.scale = torch.maximum(largest[0], _ROUNDING * largest[1]).clamp_min(_LEAST)
+        self.finite = all(bool(rows.isfinite().all()) for rows in largest)
         self.tells = self.finite and tells(self.expected.detach())
         self._plain: Tensor | None = None
 
     def found(self, weighing: Weighing) -> Tensor:
         """``[T, H]``: what the reading says the result is."""
         weights = weighing.matrix(self.values, self.ids)
+        if self.valid is not None:
+            weights = self.valid * (1.0 if weights is None else weights)
         if weights is not None and weighing.before:
             rows = self._rows(weights)
             weights = None
@@ -288,15 +323,17 @@ class Sample:
                 if isinstance(of, Node)
                 else torch.stack([self.values[n] for n in of])
             )
-        for node in body.graph.nodes:
-            if node.op == "call_function":
-                values[node] = call_on_host(node, values)
+        exact = self.trials.exact
+        with exactly(exact):
+            for node in body.graph.nodes:
+                if node.op == "call_function":
+                    values[node] = call_on_host(node, values, exact)
         return values[body.graph.output_node().args[0]]  # type: ignore[index]
 
     def change(self, after: Values) -> float:
-        """Of the result, relative to its largest entry; 0 if one of both shows nothing."""
+        """Of the result, relative to its largest entry; 0 if it is not finite before or after."""
         other = after[self.trials.result].detach()
-        if not self.finite or not tells(other):
+        if not self.finite or not bool(other.isfinite().all()):
             return 0.0
         moved = (self.result.double() - other.double()).abs().max()
         return float(moved / self.result.double().abs().max().clamp_min(1e-30))
@@ -312,12 +349,14 @@ class Sample:
             raise Refusal(reason, self.trials.result, 4) from None
         if found.shape != self.expected.shape:
             return float("inf")
-        difference = (found.double() - self.expected.double()).abs().max() / self.scale
-        error = float(difference)
+        difference = _of_rows(found.detach() - self.expected.detach()) / self.scale
+        error = float(difference.max())
         return error if error == error else float("inf")
 
 
 def _tolerance(trials: Trials) -> float:
+    if trials.exact:
+        return _EXACT
     dtypes = {
         value(n).dtype
         for n in [*trials.inputs, *trials.nodes]
