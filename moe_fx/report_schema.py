@@ -31,7 +31,7 @@ def json_schema(description: str) -> dict[str, Any]:
 @cache
 def _report() -> type[BaseModel]:
     router, verification = _model(Router), _model(Verification)
-    effects = list[_model(Effect)]  # type: ignore[misc]
+    effects: Any = list[_model(Effect)]  # type: ignore[misc]
     region = _model(Region, router=router, verification=verification | None, effects=effects)
     plan = _model(ExchangePlan, host_sync=str)
     types: dict[str, Any] = {

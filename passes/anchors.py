@@ -1,7 +1,7 @@
 """Anchors: where MoE layers may start, that is, which ops select experts.
 
-Contract. In: a normalised graph. Out: one `Anchor` per router, in graph order; `select` turns an
-anchor into the `Selection` the rules speak of, or raises `Refusal` saying why it is none.
+Contract. In: a normalised graph. Out: one `Anchor` per router, in graph order, which `selection.py`
+turns into the `Selection` the rules speak of.
 
 Pseudo-code, one pass over the graph::
 
@@ -18,7 +18,6 @@ many experts as are selected from. A top-k always is.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,8 +31,6 @@ from moe_fx.passes.parameters import is_noted
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
     VIEWS,
-    Refusal,
-    Selection,
     argument,
     is_grouped_matmul,
     is_integer,
@@ -44,14 +41,11 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.selectors import (
     LOOKUPS,
-    SELECTS,
     SORTS,
-    dim_of,
     is_lookup_of_ids,
     is_selector,
     keep_dim,
 )
-from moe_fx.passes.typical import constant_of
 
 aten = torch.ops.aten
 
@@ -63,7 +57,7 @@ _MARKS = (
     aten.scatter_add.default,
     aten.eq.Tensor,
 )
-_EXACT = (
+EXACT = (
     *VIEWS,
     *ELEMENTWISE_COPIES,
     operator.getitem,
@@ -122,115 +116,6 @@ def find_anchors(graph: Graph) -> list[Anchor]:
         for selector in anchor.selectors:
             keep_dim(selector)
     return anchors
-
-
-def select(anchor: Anchor) -> Selection:
-    """The `Selection` an anchor stands for; raises `Refusal` if it can't be one over experts."""
-    node = anchor.node
-    if is_lookup_of_ids(node) or node.target not in SELECTS:
-        return _looked_up(anchor)
-    dims = shape(node.args[0])
-    if len(dims) < 2:
-        raise Refusal(f"the selection is over {list(dims)}, expected [tokens, experts]", node)
-    if dim_of(node) % len(dims) != len(dims) - 1:
-        if dim_of(node) % len(dims) == 0:
-            raise Refusal("the selection picks tokens (dim 0), not experts", node)
-        raise Refusal(
-            f"the selection is over dim {dim_of(node)} of {list(dims)}, not the last", node
-        )
-    if node.target is aten.topk.default and not argument(node, 3, "largest", True):
-        raise Refusal("the selection takes the lowest scores", node)
-    columns, k = dims[-1], _selected(anchor)
-    if not isinstance(k, int) or not isinstance(columns, int):
-        raise Refusal("the number of experts or of selected experts is not a constant", node)
-    experts = columns if anchor.exact or anchor.experts is None else anchor.experts
-    return Selection(
-        node,
-        math.prod(dims[:-1]),
-        experts,
-        k,
-        selectors=anchor.selectors,
-        lead=dims[:-1],
-        columns=columns,
-        exact=anchor.exact,
-        distinct=k == 1 or (anchor.exact and len(anchor.selectors) == 1),
-    )
-
-
-def holds_selected(ids: Node, selection: Selection) -> bool:
-    """Whether the entries of ``ids`` are indices that were selected, untouched."""
-    stack = [ids]
-    while stack:
-        node = stack.pop()
-        if node in selection.selectors:
-            continue
-        if node.target is operator.getitem and node.args[0] in selection.selectors:
-            if node.args[1] != 1:
-                return False
-            continue
-        if node.target not in _EXACT:
-            return False
-        stack += tensor_inputs(node)
-    return True
-
-
-def _looked_up(anchor: Anchor) -> Selection:
-    """Experts given from outside: by a table of token ids, or as an input of the model."""
-    node = anchor.node
-    looked_up = is_lookup_of_ids(node)
-    dims = shape(node)
-    k = _selected(anchor)
-    if anchor.experts is None or not isinstance(k, int):
-        raise Refusal("the graph does not say how many experts the ids are of", node)
-    _check_known_ids(node, anchor.experts)
-    weighed = len(anchor.selectors) > 1 and node.op == "placeholder"
-    lead = dims[:-1] if (looked_up or weighed) and len(dims) > 1 else dims
-    return Selection(
-        node,
-        math.prod(lead),
-        anchor.experts,
-        k,
-        selectors=anchor.selectors,
-        lead=lead,
-        exact=anchor.exact,
-        distinct=k == 1,
-        looked_up=True,
-    )
-
-
-def _check_known_ids(node: Node, experts: int) -> None:
-    """Where the ids, or the table that they are looked up in, are known: they must be experts'."""
-    table: Any = node.args[LOOKUPS[node.target][0]] if is_lookup_of_ids(node) else node
-    while isinstance(table, Node) and table.target in ELEMENTWISE_COPIES:
-        table = table.args[0]
-    known = constant_of(table) if table.op == "get_attr" else table.meta.get("real")
-    if (
-        known is not None
-        and known.numel()
-        and not 0 <= int(known.min()) <= int(known.max()) < experts
-    ):
-        raise Refusal(
-            f"{table} holds ids from {int(known.min())} to {int(known.max())}, and there are "
-            f"{experts} experts",
-            node,
-            5,
-        )
-
-
-def _selected(anchor: Anchor) -> Any:
-    """K: the last dim of the ids' matrix. A vector of ids is one of K = 1."""
-    node = anchor.ids if anchor.ids is not None and not _is_one_topk(anchor) else anchor.node
-    if node.target is aten.topk.default:
-        return argument(node, 1, "k")
-    given = node.target not in SELECTS and not is_lookup_of_ids(node)
-    if given and node is anchor.node and len(anchor.selectors) == 1:
-        return 1
-    dims = shape(node)
-    return dims[-1] if len(dims) > 1 else 1
-
-
-def _is_one_topk(anchor: Anchor) -> bool:
-    return anchor.selectors == (anchor.node,) and anchor.node.target is aten.topk.default
 
 
 # -- following the indices -------------------------------------------------------------------------
@@ -313,7 +198,7 @@ class _Trace:
         copied = node.target in ELEMENTWISE_COPIES and value(node).dtype != torch.bool
         if not sources or not shape(node) or not (is_integer(node) or copied):
             return
-        exact = node.target in _EXACT and all(n in self.exact for n in tensor_inputs(node))
+        exact = node.target in EXACT and all(n in self.exact for n in tensor_inputs(node))
         reached = frozenset().union(*(self.reach[n] for n in sources))
         self._hold_indices(node, reached.difference(self.given) or reached, exact)
 

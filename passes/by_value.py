@@ -26,7 +26,7 @@ Pseudo-code::
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -34,10 +34,10 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_fx.compat import FakeValues
-from moe_fx.passes.anchors import Anchor, select
+from moe_fx.passes.anchors import Anchor
 from moe_fx.passes.copies import Copies, Pairing
-from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.flow import closure
+from moe_fx.passes.known_proofs import KnownProofs
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import (
     ELEMENTWISE_COPIES,
@@ -53,6 +53,7 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.row_layout import RowLayout
 from moe_fx.passes.selected_ids import ids_of, selections, some_experts
+from moe_fx.passes.selection import select
 from moe_fx.passes.shared_ids import shared_by_rows
 from moe_fx.passes.split_sum import split_sum
 from moe_fx.passes.starts import Starts
@@ -63,7 +64,7 @@ from moe_fx.passes.surroundings import (
 )
 from moe_fx.passes.trials import Trials
 from moe_fx.passes.typical import kind_of
-from moe_fx.passes.weighing import Ids, Proof, Weighing, prove
+from moe_fx.passes.weighing import Ids, Proof, Weighing
 from moe_fx.region import Effect
 
 aten = torch.ops.aten
@@ -91,59 +92,13 @@ class Reading:
     effects: tuple[Effect, ...]
 
 
-@dataclass(frozen=True)
-class _Known:
-    """A proof, with positions in place of nodes."""
-
-    node: int | None
-    mask: int | None
-    weighing: Weighing
-    changes: dict[int, float]
-
-    @staticmethod
-    def of(proof: Proof, at: dict[Node, int]) -> _Known:
-        weighing = proof.weighing
-        node, mask = (None if n is None else at[n] for n in (weighing.node, weighing.mask))
-        return _Known(node, mask, weighing, {at[n]: by for n, by in proof.changes.items()})
-
-    def proof(self, members: Sequence[Node]) -> Proof:
-        node, mask = (None if at is None else members[at] for at in (self.node, self.mask))
-        weighing = replace(self.weighing, node=node, mask=mask)
-        return Proof(weighing, {members[at]: by for at, by in self.changes.items()})
-
-
 class Readings:
     """Reads regions of one graph."""
 
     def __init__(self, graph: Graph, training: bool, anchors: Sequence[Anchor] = ()) -> None:
-        self.graph, self.training = graph, training
+        self.graph = graph
         self._selections = [anchor.node for anchor in anchors]
-        self._proved: dict[str, _Known | str] = {}
-
-    def prove(self, trials: Trials, ids: Ids, body: Body, base: Node | None) -> Proof:
-        """`weighing.prove`, once for equal layers."""
-        alone = extract(trials.nodes, [trials.result])
-        members = [*alone.inputs, *trials.nodes]
-        at = {node: position for position, node in enumerate(members)}
-        marked = [trials.tokens, trials.around.logits, ids.nodes, [base] if base else []]
-        places = [[at.get(node, -1) for node in nodes] for nodes in marked]
-        operands = [
-            [at.get(n, -1) for n in ((of,) if isinstance(of, Node) else of)]
-            for of in body.operands.values()
-        ]
-        key = f"{structure(alone)}\n{body.text()}\n{trials.selection.sizes} {places} {operands}"
-        known = self._proved.get(key)
-        if isinstance(known, str):
-            raise Refusal(known, trials.result, 6)
-        if known is None:
-            try:
-                proof = prove(trials, ids, body, base, self.training)
-            except Refusal as refusal:
-                if refusal.progress == 6:
-                    self._proved[key] = refusal.reason
-                raise
-            known = self._proved[key] = _Known.of(proof, at)
-        return known.proof(members)
+        self.proofs = KnownProofs(training)
 
     def next_selection(self, node: Node) -> Node | None:
         """Where the next layer may begin."""
@@ -323,7 +278,7 @@ class _Reader:
 
     def _proof(self, trials: Trials, body: Body, base: Node | None, layout: RowLayout) -> Proof:
         try:
-            return self.readings.prove(trials, self.ids, body, base)
+            return self.readings.proofs.prove(trials, self.ids, body, base)
         except Refusal as refusal:
             if layout.not_constant is not None:
                 raise layout.not_constant from None  # the body may go on above it

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from moe_fx.passes.anchors import Anchor, find_anchors, holds_selected, select
+from moe_fx.passes.anchors import Anchor, find_anchors
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
@@ -51,6 +51,7 @@ from moe_fx.passes.roles import (
 )
 from moe_fx.passes.router import RouterCache, recognise_router
 from moe_fx.passes.rules import Roles
+from moe_fx.passes.selection import holds_selected, select
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.passes.tables import check_tables
 from moe_fx.region import Declined, Parts, Region, Router, source_of

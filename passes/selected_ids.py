@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.anchors import Anchor, select
+from moe_fx.passes.anchors import Anchor
 from moe_fx.passes.roles import Refusal, Selection, argument, is_integer, shape, value
+from moe_fx.passes.selection import select
 from moe_fx.passes.selectors import is_lookup_of_ids
 from moe_fx.passes.surroundings import inner_selectors
 from moe_fx.passes.weighing import Ids
@@ -65,7 +66,7 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     num = selection.num_experts
     experts = set(range(num)) if isinstance(num, int) else set()
     missing, compared = sorted(experts - compared), compared & experts
-    if len(compared) < 2:
+    if len(compared) < 2 or (not missing and selection.looked_up):
         return None  # the caller's refusal says what there is to say
     if not missing:
         reason = f"the {num} experts do not all compute the same on the tokens, each with its own"

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_fx
-from moe_fx.passes.anchors import find_anchors, select
+from moe_fx.passes.anchors import find_anchors
 from moe_fx.passes.normalise import copy_graph
+from moe_fx.passes.selection import select
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.region import Region, Router
 from tests.families import build, inputs
