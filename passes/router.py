@@ -49,6 +49,7 @@ _NUM_TOKENS = 64
 _SEARCH_LIMIT = 100
 _NEAR_TIES = (4.0, 0.1)
 _STEP = 1009  # from one input's seed to the next
+_SEEDS = (1, 101, 201)  # in coarse dtypes some samples have ties, which may be broken either way
 
 RouterCache = dict[str, "tuple[Router, bool] | Refusal"]
 """Of a router: its description, and whether it holds for any bias."""
@@ -83,11 +84,15 @@ def recognise_router(
 def _recognise(selection: Selection, parts: Parts, captured: _Captured) -> tuple[Router, bool]:
     if not selection.exact:
         _check_ids(selection, parts, captured)
-    try:
-        router = fit(captured.samples(), selection)
-    except Unfit as unfit:
-        return Router(note=str(unfit)), False
-    return router, captured.holds(router)
+    note = ""
+    for seed in _SEEDS:
+        try:
+            router = fit(captured.samples(seed), selection)
+        except Unfit as unfit:
+            note = str(unfit)
+        else:
+            return router, captured.holds(router)
+    return Router(note=note), False
 
 
 def _unproven(selection: Selection, parts: Parts, why: str) -> Refusal:
@@ -149,10 +154,10 @@ class _Captured:
         except Unfit:
             return False
 
-    def samples(self) -> Sample:
+    def samples(self, seed: int) -> Sample:
         """`sample` of at least `_NUM_TOKENS` tokens, also where the graph is for fewer."""
         rounds = -(-_NUM_TOKENS // self.tokens.wanted)
-        found = [self.sample(seed=seed) for seed in range(1, 1 + rounds)]
+        found = [self.sample(seed=seed) for seed in range(seed, seed + rounds)]
         weights = [sample.weights for sample in found if sample.weights is not None]
         return replace(
             found[0],

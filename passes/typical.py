@@ -36,7 +36,7 @@ _DENSE_LIMIT = 1 << 20
 _STEP = 257
 _SCALAR = 1.5
 _AGAIN = 101
-_FACTORS = (1.0, 0.06, 3.0)
+_TINY = 1e-2
 _LARGEST = 1 << 62
 
 
@@ -132,7 +132,14 @@ def _windows(sizes: list[int], base_of: Any) -> Tensor:
 
 
 def _scalar(node: Node, again: int) -> float:
-    return (scalar(node) or (_SCALAR if again else 0.0)) * _FACTORS[again % len(_FACTORS)]
+    """The value at capture; changed, much less, or more: of what is next to nothing (a norm's
+    epsilon) half of one."""
+    number, way = scalar(node), again % 3
+    if way == 0:
+        return number
+    if not number or (way == 2 and abs(number) < _TINY):
+        return 0.5
+    return number * (0.06 if way == 1 else 3.0)
 
 
 def _another(real: Tensor, again: int) -> Tensor:

@@ -3,7 +3,7 @@ transformers families moe_fx turns into expert-parallel programs, as docs/suppor
 
 What was measured is kept in docs/support.json, from which the page is written: a part can be
 measured again by itself. ``--check`` writes nothing and exits 1 if what it measured (by default
-"quick", which .ci/run can afford) differs from what is kept, if one of those cases is missing, or
+"quick", which .ci/full can afford) differs from what is kept, if one of those cases is missing, or
 if the page does not follow from it.
 """
 

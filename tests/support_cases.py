@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -200,4 +201,4 @@ def _why(run: _Run) -> str:
     reasons = [entry.reason for report in run.reports for entry in report.declined]
     if run.graphs > 1:
         reasons.insert(0, f"{run.graphs} graphs")
-    return "; ".join(dict.fromkeys(reasons))
+    return re.sub(r"\S*/site-packages/", "", "; ".join(dict.fromkeys(reasons)))

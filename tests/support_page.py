@@ -10,7 +10,7 @@ from tests.support_cases import Case, Outcome
 
 _HEAD = """# Families of transformers {version}
 
-Written by `python -m tests.support`; what was measured is in `support.json`. `.ci/run` measures all
+Written by `python -m tests.support`; what was measured is in `support.json`. `.ci/full` measures all
 blocks again. Of models, `--only quick` measures those with `grouped_mm` in float32 but for the
 families in `tests/models.py`, which are in the end-to-end tests.
 
