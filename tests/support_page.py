@@ -10,8 +10,8 @@ from tests.support_cases import Case, Outcome
 
 _HEAD = """# Families of transformers {version}
 
-Written by `python -m tests.support`; what was measured is in `support.json`. `.ci/full` measures all
-blocks again. Of models, `--only quick` measures those with `grouped_mm` in float32 but for the
+Written by `python -m tests.support`; what was measured is in `support.json`. `.ci/full` measures
+all blocks again. Of models, `--only quick` measures those with `grouped_mm` in float32 but for the
 families in `tests/models.py`, which are in the end-to-end tests.
 
 {summary}

@@ -129,7 +129,9 @@ def under_autocast(
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 @pytest.mark.parametrize("program", ["replicated", "gathered"])
-@pytest.mark.parametrize(("kind", "layers"), [("block", 1), ("model", 2)])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("block", 1), pytest.param("model", 2, marks=pytest.mark.slow)]
+)
 def test_rows_travel_in_bfloat16(
     ranks2: RankPool, kind: str, layers: int, program: str, inside: bool, training: bool
 ) -> None:

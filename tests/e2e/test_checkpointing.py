@@ -40,6 +40,7 @@ def test_gradient_checkpointing_of_a_sharded_model(ranks2: RankPool, reentrant: 
     check_trained(ranks2, "gathered", reentrant, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "base"), [("gathered", "eager"), ("replicated", "aot_eager")])
 def test_gradient_checkpointing_of_other_programs(
     ranks2: RankPool, program: str, base: str
@@ -69,7 +70,14 @@ def check(ranks: RankPool, *args: Any, **given: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("base", ["eager", "aot_eager"])
-@pytest.mark.parametrize("where", ["layer", "block", "experts", "router", "nested"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "layer",
+        "experts",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("block", "router", "nested")),
+    ],
+)
 def test_a_checkpoint_may_hold_any_part_of_the_layer(
     ranks2: RankPool, where: str, base: str
 ) -> None:
@@ -95,11 +103,13 @@ def test_the_models_own_choice_of_what_is_saved(ranks2: RankPool, where: str, ba
         assert step.again["moe_fx.all_to_all"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"overlap": 2}, {"strategy": "gather_weights"}])
 def test_plans_are_carried_out_in_checkpoints(ranks2: RankPool, given: dict[str, Any]) -> None:
     check(ranks2, "layer", counts=((6, 9), (0, 5), (12, 1)), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["padded_alltoall", "allgather"])
 def test_even_exchanges_in_checkpoints(ranks2: RankPool, strategy: str) -> None:
     check(ranks2, "layer", counts=((6, 6),), strategy=strategy)
@@ -138,6 +148,7 @@ def test_uncompiled_a_rank_without_tokens_gathers_again_too(
         assert step.again["_c10d_functional.all_gather_into_tensor"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["layer", "nested"])
 def test_other_compilers_gather_again(ranks2: RankPool, where: str) -> None:
     for step in check(ranks2, where, backend="aot_eager"):
