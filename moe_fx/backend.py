@@ -52,16 +52,20 @@ def moe_fx_backend(
     if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
         return compile_by_base(module, example_inputs, parsed, report, training)
     compiled: Callable[..., Any] | None = None
-    with net(report, module, example_inputs, "it looked for MoE layers"):
-        local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
-    _check_strict(report, parsed)
-    if rewritten is not module or lowers(parsed, example_inputs):
-        with net(report, module, example_inputs, f"{parsed.base} compiled what it made of a graph"):
-            compiled = local.wrap(compile_graph(rewritten, local.inputs, parsed, report, training))
+    try:
+        with net(report, module, example_inputs, "it looked for MoE layers"):
+            local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
         _check_strict(report, parsed)
-    if compiled is None:
-        compiled = compile_by_base(module, example_inputs, parsed, report, training)
-    _announce(report, parsed)
+        if rewritten is not module or lowers(parsed, example_inputs):
+            doing = f"{parsed.base} compiled what it made of a graph"
+            with net(report, module, example_inputs, doing):
+                result = compile_graph(rewritten, local.inputs, parsed, report, training)
+                compiled = local.wrap(result)
+            _check_strict(report, parsed)
+        if compiled is None:
+            compiled = _as_it_came(module, example_inputs, parsed, report, training)
+    finally:
+        _announce(report, parsed)
     if report.bugs:
         groups |= groups_in(module)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
@@ -70,6 +74,21 @@ def moe_fx_backend(
     if groups:
         compiled = agree_once(compiled, groups, report.plans, training, parsed.agree_timeout)
     return compiled
+
+
+def _as_it_came(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    training: bool,
+) -> Callable[..., Any]:
+    """``module`` compiled as without moe_fx. Where that fails too, the failure is none of its."""
+    try:
+        return compile_by_base(module, example_inputs, options, report, training)
+    except Exception:
+        report.declined = [declined for declined in report.declined if not declined.bug]
+        raise
 
 
 def rewrite(
@@ -153,9 +172,8 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
 
 
 def _check_strict(report: Report, options: Options) -> None:
-    """Raises `NothingMatched` under ``strict``, after telling what was found."""
+    """Raises `NothingMatched` under ``strict``."""
     if options.strict and (report.missed or not report.regions):
-        _announce(report, options)
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
         raise NothingMatched(
             f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
