@@ -31,6 +31,7 @@ from functools import cached_property
 from itertools import islice
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.compat import FakeValues
@@ -50,6 +51,7 @@ from moe_fx.passes.roles import (
     same,
     shape,
     tensor_inputs,
+    value,
 )
 from moe_fx.passes.row_layout import RowLayout
 from moe_fx.passes.selected_ids import ids_of, selections, some_experts
@@ -242,6 +244,7 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
+        self._check_rounding(trials, layout, cut)
         proof = self._proof(trials, body, base, layout)
         weighing = proof.weighing
         return Reading(
@@ -264,6 +267,21 @@ class _Reader:
             return "logits" if node in self.around.logits else kind_of(node)
 
         return tuple(Effect(n.name, what(n), by) for n, by in proof.changes.items())
+
+    def _check_rounding(self, trials: Trials, layout: RowLayout, cut: Node) -> None:
+        """Weighted rows keep the experts' dtype, or get the result's: a proof of equations does not
+        see what is rounded on the way, nor what is beyond the largest number."""
+        inside = [value(n) for n in layout.laid if not cut < n]
+        kept = {val.dtype for val in inside if isinstance(val, Tensor)}
+        least = min(value(cut).dtype.itemsize, value(trials.result).dtype.itemsize)
+        for node in trials.nodes:
+            val = value(node)
+            if not cut < node or not isinstance(val, Tensor) or not val.is_floating_point():
+                continue
+            rounds = val.dtype not in kept and val.dtype.itemsize < least
+            if rounds and self.around.what(node) == "mixed":
+                reason = f"weighted rows are rounded to {val.dtype} on their way"
+                raise Refusal(reason, node, 6)
 
     def _check_chance(
         self, tokens: list[Node], starts: list[Node], pairing: Pairing, result: Node

@@ -142,6 +142,12 @@ class _Builder:
         high = self.outer(aten.lt.Scalar, ids, self.reading.selection.num_experts)
         return self.outer(aten.logical_and.default, low, high)
 
+    def _first_times(self, ids: Node) -> Node:
+        """Which experts come up for the first time for their token."""
+        rows, columns = (self.outer(aten.unsqueeze.default, ids, dim) for dim in (2, 1))
+        same_before = self.outer(aten.tril.default, self.outer(aten.eq.Tensor, rows, columns), -1)
+        return self.outer(aten.logical_not.default, self.outer(aten.any.dim, same_before, 2))
+
     def _without(self, weights: Node | None, valid: Node) -> Node:
         if weights is not None:
             return self.outer(aten.where.ScalarOther, valid, weights, 0.0)
@@ -169,6 +175,8 @@ class _Builder:
             if value(ids).dtype != torch.int64:
                 index = self.outer(aten._to_copy.default, ids, dtype=torch.int64)
             weights = self.outer(aten.gather.default, table, 1, index)
+            if top_k > 1 and not self.reading.selection.distinct:
+                weights = self._without(weights, self._first_times(ids))
         if weighing.mask is not None:
             mask = self.outer(aten.reshape.default, weighing.mask, [-1, top_k])
             weights = self.outer(aten.mul.Tensor, weights, mask)

@@ -47,6 +47,7 @@ from moe_fx.passes.roles import (
     same,
     shape,
     tensor_inputs,
+    value,
 )
 
 aten = torch.ops.aten
@@ -194,10 +195,13 @@ class RowLayout(LayoutMoves, LayoutMatmuls):
             if len(own) != 1:
                 raise Refusal("routing values take part in more than a product", node, 3)
             return Laid(kind, tuple(features), next(iter(own.values())), met)
+        for n in node.all_input_nodes:
+            if isinstance(value(n), torch.SymFloat):  # a limit or a scale of the model
+                own[n] = self._operand(n, n.name)
         copy = self.call(
             node.target,
-            *map_arg(node.args, own.__getitem__),
-            **map_arg(node.kwargs, own.__getitem__),
+            *map_arg(node.args, lambda n: own.get(n, n)),
+            **map_arg(node.kwargs, lambda n: own.get(n, n)),
         )
         if any(x.kind in ("table", "constant") for x in laid.values()) and met and kind == "rows":
             self._note_meeting(node, laid)

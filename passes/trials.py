@@ -30,7 +30,7 @@ from moe_fx.passes.uses import reads_values
 _UNKNOWN = 6  # what stands for a size of which nothing is known
 _MOST_TOKENS = 2048
 _SEEDS, _FIXED = 1009, 7  # of an input; of a parameter, in every case
-_SIZES = (1.0, 0.0, 1e6, 1e-3, 1e12)
+_SIZES = (1.0, 0.0, 1e6, 1e-3, 1e-30, 1e12, 1e-8, 1e-16)
 
 _LIMITS = (
     *(getattr(torch.ops.aten, name).Scalar for name in ("lt", "le", "gt", "ge")),
@@ -44,8 +44,9 @@ Values = dict[Node, Any]
 @dataclass(frozen=True)
 class Case:
     """logits: how they are drawn; ``first``: the expert that the first token prefers, if every
-    expert is preferred in turn. more_tokens: than the graph was captured with. own: inputs have the
-    values that are known of them. sizes: tokens, and logits, are from zero to very large."""
+    expert is preferred in turn, or the size that it has. more_tokens: than the graph was captured
+    with. own: inputs have the values that are known of them. sizes: tokens, and logits, are from
+    zero to very large."""
 
     name: str
     logits: str
@@ -65,7 +66,10 @@ CASES = (
     Case("ties", "ties"),
     Case("every expert in turn", "turns"),
 )
-SIZES = Case("tokens from zero to very large", "sizes", 9, sizes=True)
+SIZES = (
+    Case("tokens from zero to very large", "sizes", 9, sizes=True),
+    Case("tokens from very small to large", "sizes", 10, sizes=True, first=4),
+)
 OWN = Case("the values at capture", "normal", 6, own=True)
 MORE_TOKENS = (
     Case("more tokens", "normal", 4, more_tokens=True),
@@ -119,7 +123,7 @@ class Trials:
     @property
     def cases(self) -> tuple[Case, ...]:
         known = any("real" in node.meta or "scalar" in node.meta for node in self.inputs)
-        return CASES + (SIZES,) + (OWN,) * known + MORE_TOKENS * bool(self._growing)
+        return CASES + SIZES + (OWN,) * known + MORE_TOKENS * bool(self._growing)
 
     @property
     def turns(self) -> Iterator[Case]:
@@ -213,7 +217,8 @@ class Trials:
         whole = made.double() if self.exact else made
         if case.sizes and node in self.tokens:
             flat = whole.reshape(-1, made.shape[-1])
-            factors = torch.tensor(_SIZES, dtype=whole.dtype)[torch.arange(len(flat)) % len(_SIZES)]
+            at = (torch.arange(len(flat)) + case.first) % len(_SIZES)
+            factors = torch.tensor(_SIZES, dtype=whole.dtype)[at]
             whole = (flat * factors.unsqueeze(1)).reshape(made.shape)
         return whole
 

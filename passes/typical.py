@@ -8,6 +8,7 @@ for all rows, by the choice of values alone:
 - integers lie in the range that their use allows (`uses.py`): ids below the number of experts,
   quantised weights and packed bits over the range of their dtype, others a few small numbers, and
   what they are compared with among them;
+- integers whose bits are floats hold finite ones;
 - floats are normal; where they divide, scale or are rooted, positive and away from 0 and 1;
 - a scalar is what it was when the graph was captured; a changed float is much less or more, since
   it may be a limit that values seldom reach;
@@ -226,6 +227,16 @@ def _integers(
             low, high, extent if isinstance(extent, list) else [extent], generator=generator
         ).to(dtype)
 
+    def bits(extent: Any) -> Tensor:
+        wanted = [extent] if isinstance(extent, int) else extent
+        assert uses.viewed is not None
+        count = math.prod(wanted) * dtype.itemsize // uses.viewed.itemsize
+        floats = torch.randn(count, generator=generator).to(uses.viewed)
+        return floats.view(dtype).reshape(wanted)
+
+    if uses.viewed is not None:
+        small = math.prod(sizes) <= _DENSE_LIMIT
+        return bits(sizes) if small else _windows(sizes, bits)
     if math.prod(sizes) > _DENSE_LIMIT:
         return _windows(sizes, numbers)
     made = numbers(sizes)

@@ -125,7 +125,7 @@ class Uses:
     """below: entries index a dim of so many. compared: numbers that entries are compared with.
     multiplied: they take part in a matmul. bits: entries are taken apart. positive: roots are taken
     of them, or they divide. scales: the largest number that the integers they multiply can hold, if
-    they do."""
+    they do. viewed: the dtype of the floats that their bits are."""
 
     below: int | None = None
     compared: set[float] = field(default_factory=set)
@@ -133,6 +133,7 @@ class Uses:
     bits: bool = False
     positive: bool = False
     scales: float | None = None
+    viewed: torch.dtype | None = None
 
     def bound(self, size: Any) -> None:
         """Entries index a dim of ``size``; one that is not constant is taken for the least that
@@ -207,6 +208,8 @@ def _note(uses: Uses, user: Node, source: Node, added: float) -> None:
         uses.bits |= args[0] is source
     elif target in _ROOTS or (target in _QUOTIENTS and args[1] is source):
         uses.positive = True
+    if target is aten.view.dtype and value(user).dtype.is_floating_point:
+        uses.viewed = value(user).dtype
     if is_grouped_matmul(user):
         uses.multiplied |= source in args[:2]
     elif target in _MATMUL_AT:

@@ -201,6 +201,8 @@ class _Comparison:
                 raise _Differs(reason) from None
         (expected, of_layer), (found, of_rewrite) = results
         for rank, ((left,), (right,)) in enumerate(zip(expected, found, strict=True)):
+            if left.shape == right.shape and not bool(left.isfinite().all()):
+                continue  # it shows nothing
             distance = _relative_error(left, right)
             if distance > self.tolerance:
                 raise _Differs(

@@ -44,7 +44,7 @@ _SECONDS = 30.0
 _AT_LEAST = 4
 _MUST_TELL = 2
 _SMALL = 1 << 20
-_LEAST = 1e-30
+_LEAST = 1e-200
 _ROUNDING = 1e-2  # of a base that the experts' rows are small beside
 
 
@@ -63,7 +63,8 @@ class Ids:
 class Weighing:
     """node: the routing values, or None for ones. shape: an entry for each pair; for each token and
     expert ``[T, E]`` or ``[E, T]``; for each token, expert and place ``[T, E, C]``. mask: which
-    pairs count (None: all). before: the tokens are multiplied, not the experts' rows. guarded: ids
+    pairs count (None: all); an expert that comes up twice for a token counts once, unless there is
+    an entry for each pair. before: the tokens are multiplied, not the experts' rows. guarded: ids
     may be of no expert, and count for nothing then."""
 
     node: Node | None
@@ -86,9 +87,16 @@ class Weighing:
             elif self.shape == "places":
                 weights = weights.sum(-1)
             weights = weights.reshape(num_tokens, -1).gather(1, ids.long())
+            if top_k > 1:
+                weights = weights.where(_first_times(ids), 0.0)
         if self.mask is not None:
             weights = weights * values[self.mask].reshape(num_tokens, top_k)
         return weights
+
+
+def _first_times(ids: Tensor) -> Tensor:
+    """``[T, K]``: whether no expert before it is the same."""
+    return ~(ids.unsqueeze(2) == ids.unsqueeze(1)).tril(-1).any(2)
 
 
 @dataclass(frozen=True)

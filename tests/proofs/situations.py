@@ -208,6 +208,12 @@ SITUATIONS: dict[str, Situation] = {
             random(EXPERTS, HIDDEN, 1, seed=seed).abs() / 8,
         ),
     ),
+    "float8 kept as bytes": _on_table(
+        lambda w1, q: q.view(torch.float8_e4m3fn).float(),
+        lambda seed: (
+            random(EXPERTS, HIDDEN, WIDTH, seed=seed).to(torch.float8_e4m3fn).view(torch.uint8),
+        ),
+    ),
     "float8 with a scale": _on_table(
         lambda w1, q, scale: q.float() * scale,
         lambda seed: (

@@ -201,7 +201,7 @@ def test_a_small_change_of_rows_in_bfloat16_is_declined() -> None:
     assert outcome(layer, values, lambda seed: values).verdict == "declined"
 
 
-def test_a_map_that_is_one_to_one_only_when_captured_is_declined_where_that_matters() -> None:
+def test_an_expert_that_a_map_makes_come_up_twice_counts_once_where_it_does_so() -> None:
     matrices = weights()
 
     def layer(x: Tensor, w1: Tensor, w2: Tensor, gate: Tensor, to: Tensor) -> Tensor:
@@ -217,4 +217,28 @@ def test_a_map_that_is_one_to_one_only_when_captured_is_declined_where_that_matt
         to = torch.tensor([2, 0, 3, 1] if not seed else [0, 0, 1, 1])
         return (random(10, 16, seed=seed), matrices["w1"], matrices["w2"], matrices["gate"], to)
 
-    assert outcome(layer, values(0), values).verdict == "declined"
+    assert outcome(layer, values(0), values).verdict == "equal"
+
+
+@pytest.mark.parametrize("limit", [1e-6, 1e-9])
+def test_weighted_rows_that_vanish_below_a_limit_are_declined(limit: float) -> None:
+    def layer(x: Tensor, w1: Tensor, w2: Tensor, gate: Tensor) -> Tensor:
+        w, ids = route(x, gate)
+        hidden = torch.relu(torch.einsum("th,tkhf->tkf", x, w1[ids]))
+        rows = torch.einsum("tkf,tkfh->tkh", hidden, w2[ids]) * w[..., None]
+        return torch.nn.functional.hardshrink(rows, limit).sum(1)
+
+    found = _of_tokens(layer, lambda seed: limit * random(10, 16, seed=seed))
+    assert found.verdict == "declined"
+
+
+def test_weighted_rows_that_are_rounded_on_their_way_are_declined() -> None:
+    def layer(x: Tensor, w1: Tensor, w2: Tensor, gate: Tensor) -> Tensor:
+        w, ids = route(x, gate)
+        hidden = torch.relu(torch.einsum("th,tkhf->tkf", x, w1[ids]))
+        rows = torch.einsum("tkf,tkfh->tkh", hidden, w2[ids]) * w[..., None]
+        return rows.half().float().sum(1)
+
+    found = _of_tokens(layer, lambda seed: random(10, 16, seed=seed))
+    assert found.verdict == "declined"
+    assert found.reasons == ("weighted rows are rounded to torch.float16 on their way",)
