@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.extract import Extract
+from moe_fx.passes.layout import is_buffer
 from moe_fx.passes.roles import PerToken, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
 from moe_fx.passes.typical import drawn, kind_of
@@ -87,12 +88,13 @@ class RankValues:
     @cached_property
     def groups(self) -> list[tuple[int, ...]]:
         """Positions of the inputs whose values are read, each alone; matrices that are stacked to
-        one table together."""
+        one table together. A buffer that the graph makes to write into is no input of the layer."""
         found: dict[Any, list[int]] = {}
         for at, original in enumerate(self.alone.inputs):
             node = self.alone.copies[original]
             readers = [user for user in node.users if reads_values(user)]
-            if not readers or kind_of(original) in ("size", "constant"):
+            made_inside = kind_of(original) in ("size", "constant") or is_buffer(original)
+            if not readers or made_inside:
                 continue
             stacked = len(readers) == 1 and readers[0].target is aten.stack.default
             found.setdefault(readers[0] if stacked else node, []).append(at)
