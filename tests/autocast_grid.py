@@ -1,5 +1,6 @@
 """``python -m tests.autocast_grid [--only block|model] [--family NAME] [--impl NAME]``: each case
-of the support table under bfloat16 autocast, compared with ``aot_eager`` under the same autocast.
+of the support table under bfloat16 autocast, compared with ``aot_eager`` under the same autocast;
+``--inside``, ``--device cuda``, ``--jobs N`` (processes side by side).
 
 Prints a line per case: MoE layers found, of those found without autocast; how far results and
 gradients are from ``aot_eager``'s, relative to the largest value, "same" being to the bit; and what
@@ -8,10 +9,14 @@ was declined. Exits 1 if a layer is missed without a reason, or a difference is 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import multiprocessing
 import sys
+import traceback
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +60,13 @@ class Outcome:
         return f"{'good' if self.good else 'BAD '} {said} {self.why}"
 
 
-def outcome(case: Case, training: bool, inside: bool = False, base: str = "aot_eager") -> Outcome:
+def outcome(
+    case: Case, training: bool, inside: bool = False, base: str = "aot_eager", device: str = "cpu"
+) -> Outcome:
     """inside: autocast is entered within what is compiled, as accelerate does it."""
     module, (step, *_), _ = build_case(0, case)
+    module = module.to(device)
+    step = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in step.items()}
     without, whole = _without(case)
     try:
         wanted = _run(module, step, training, inside, whole, "aot_eager", {})
@@ -77,12 +86,12 @@ def outcome(case: Case, training: bool, inside: bool = False, base: str = "aot_e
 
 
 class _Inside(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: str) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.device = module, device
 
     def forward(self, **values: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             return self.module(**values)
 
 
@@ -97,15 +106,16 @@ def _run(
 ) -> list[Tensor | None]:
     """The result, and the gradients of all parameters."""
     torch._dynamo.reset()
+    device = next(module.parameters()).device.type
     module.requires_grad_(training)
     module.zero_grad(set_to_none=True)
     compiled = torch.compile(
-        _Inside(module) if inside else module,
+        _Inside(module, device) if inside else module,
         backend=backend,
         fullgraph=whole,
         options=options or None,
     )
-    around: Any = nullcontext() if inside else torch.autocast("cpu", torch.bfloat16)
+    around: Any = nullcontext() if inside else torch.autocast(device, torch.bfloat16)
     torch.manual_seed(0)
     with around, torch.set_grad_enabled(training):
         found = result(compiled(**step))
@@ -155,25 +165,42 @@ def cases(only: str | None, families: list[str]) -> list[Case]:
     ]
 
 
+def _line(work: tuple[Case, bool], inside: bool, device: str) -> tuple[bool, str]:
+    """(good, what to print)."""
+    case, training = work
+    transformers.logging.set_verbosity_error()
+    torch._logging.set_logs(dynamo=logging.CRITICAL)
+    torch.set_num_threads(1)
+    name = f"{case.kind} {case.label} {case.impl} {'training' if training else 'inference'}"
+    try:
+        found = outcome(case, training, inside, device=device)
+    except Exception:  # the other cases are wanted too
+        return False, f"{name:58} BAD  {traceback.format_exc()}"
+    return found.good, f"{name:58} {found}"
+
+
 def main(
     only: Annotated[str | None, typer.Option(help="block or model.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="These families.")] = None,
     impl: Annotated[str | None, typer.Option(help="grouped_mm or batched_mm.")] = None,
     inside: Annotated[bool, typer.Option(help="Autocast within what is compiled.")] = False,
     training: Annotated[bool | None, typer.Option(help="Leave out for both.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
 ) -> None:
-    transformers.logging.set_verbosity_error()
-    torch._logging.set_logs(dynamo=logging.CRITICAL)
-    torch.set_num_threads(1)
+    works = [
+        (case, trains)
+        for case in cases(only, family or [])
+        if impl is None or case.impl in (impl, "-")
+        for trains in ((False, True) if training is None else (training,))
+    ]
     bad = 0
-    for case in cases(only, family or []):
-        if impl is not None and case.impl not in (impl, "-"):
-            continue
-        for trains in (False, True) if training is None else (training,):
-            found = outcome(case, trains, inside)
-            name = f"{case.kind} {case.label} {case.impl} {'training' if trains else 'inference'}"
-            print(f"{name:58} {found}", flush=True)
-            bad += not found.good
+    line = functools.partial(_line, inside=inside, device=device)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for good, text in pool.map(line, works):
+            print(text, flush=True)
+            bad += not good
+    print(f"{len(works)} cases, {bad} bad", flush=True)
     sys.exit(1 if bad else 0)
 
 
