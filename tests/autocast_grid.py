@@ -120,7 +120,7 @@ def _run(
     with around, torch.set_grad_enabled(training):
         found = result(compiled(**step))
     if training:
-        weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+        weights = torch.linspace(-1, 1, found.numel(), device=found.device).view_as(found)
         (found.float() * weights).sum().backward()
     return [found.detach(), *(parameter.grad for parameter in module.parameters())]
 
