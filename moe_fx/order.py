@@ -67,6 +67,16 @@ def beside(base_options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
     return {**base_options, **own}
 
 
+def require_base(base: str) -> None:
+    """Raise `ConfigurationError` unless torch.compile has a backend of that name."""
+    if base not in (known := known_backends()):
+        raise ConfigurationError(
+            f"base: torch.compile has no backend {base!r}. {did_you_mean(base, known)}Some that it "
+            "has are inductor, aot_eager and eager; torch._dynamo.list_backends(None) lists them "
+            "all."
+        )
+
+
 def compile_by_base(
     module: GraphModule,
     inputs: Sequence[Any],
@@ -77,12 +87,7 @@ def compile_by_base(
     """``module``, in which the report's plans were carried out, compiled by ``options.base``. If
     that calls `OrderPass`, gradients become what they should be and exchanges run beside compute.
     Raises `ConfigurationError` if there is no such compiler."""
-    if options.base not in (known := known_backends()):
-        raise ConfigurationError(
-            f"base: torch.compile has no backend {options.base!r}. "
-            f"{did_you_mean(options.base, known)}Some that it has are inductor, aot_eager and "
-            "eager; torch._dynamo.list_backends(None) lists them all."
-        )
+    require_base(options.base)
     compiler = base_compiler(options.base)
     if options.base != "inductor":
         given = {"options": dict(options.base_options)} if options.base_options else {}

@@ -317,6 +317,6 @@ def rate_of(ratio: float) -> float:
 if __name__ == "__main__":
     import sys
 
-    from moe_fx.cli import app
+    from moe_fx_cli import app
 
     app(["bench", *sys.argv[1:]])
