@@ -20,7 +20,7 @@ from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import compiled_autograd, convert_frame
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed as BackendFailed
 from torch._dynamo.exc import (
     RestartAnalysis,
@@ -103,6 +103,7 @@ __all__ = [
     "intercept_frames",
     "is_traceable_wrapper_subclass",
     "is_traced",
+    "known_backends",
     "new_sizes",
     "no_compiled_autograd",
     "no_function_modes",
@@ -203,6 +204,11 @@ def traces_a_body() -> bool:
 def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
+
+
+def known_backends() -> list[str]:
+    """The names that `base_compiler` takes, but for moe_fx itself."""
+    return [name for name in list_backends(exclude_tags=()) if name != "moe_fx"]
 
 
 def aot_eager_compiler(own: Callable[[GraphModule], None]) -> Callable[..., Callable[..., Any]]:

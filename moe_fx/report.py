@@ -14,14 +14,13 @@ from textwrap import indent
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from moe_fx import report_schema
 from moe_fx.breaks import joined
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Break, Declined, Lowered, Region
 from moe_fx.report_html import page
+from moe_fx.rows import Rows
 
 _WIDTH = 120
 
@@ -164,10 +163,9 @@ class Report:
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
-    def _regions_table(self) -> Table:
-        table = Table(title=f"MoE layers found: {len(self.regions)}", show_lines=False)
-        for heading in ("experts", "router", "body", "dispatch", "verified", "source"):
-            table.add_column(heading, overflow="fold")
+    def _regions_table(self) -> Rows:
+        headings = ("experts", "router", "body", "dispatch", "verified", "source")
+        table = Rows(f"MoE layers found: {len(self.regions)}", headings)
         for region in self.regions:
             table.add_row(
                 f"{region.top_k} of {region.num_experts}, hidden {region.hidden_size}",
@@ -179,20 +177,18 @@ class Report:
             )
         return table
 
-    def _breaks_table(self) -> Table:
-        table = Table(title=f"Graph breaks: {len(self.breaks)}")
-        for heading in ("Dynamo's reason", "hides the experts selected at", "source"):
-            table.add_column(heading, overflow="fold")
+    def _breaks_table(self) -> Rows:
+        headings = ("Dynamo's reason", "hides the experts selected at", "source")
+        table = Rows(f"Graph breaks: {len(self.breaks)}", headings)
         for each in self.breaks:
             hides = ", ".join(map(_short, each.hides))
-            table.add_row(*map(Text, (each.said, hides, _short(each.source))))
+            table.add_row(each.said, hides, _short(each.source))
         return table
 
-    def _declined_table(self) -> Table:
+    def _declined_table(self) -> Rows:
         bugs = f" ({len(self.bugs)} by a bug of moe_fx)" if self.bugs else ""
-        table = Table(title=f"Declined: {len(self.declined)}{bugs}")
-        for heading in ("reason", "node", "nearest form", "source"):
-            table.add_column(heading, overflow="fold")
+        headings = ("reason", "node", "nearest form", "source")
+        table = Rows(f"Declined: {len(self.declined)}{bugs}", headings)
         for declined in self.declined:
             table.add_row(
                 declined.reason, declined.node, declined.nearest_form, _short(declined.source)
