@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
-from moe_fx.compat import in_compiled_autograd
+from moe_fx.compat import CaptureAgain, in_compiled_autograd
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
@@ -26,8 +27,12 @@ from moe_fx.options import ORDERS_LATER, Options, parse_options
 from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
+from moe_fx.tracing import captured_in_vain, install, judge, note_breaks, outside, sees_frames
+
+install()
 
 
+@sees_frames
 def moe_fx_backend(
     module: GraphModule,
     example_inputs: Sequence[Any],
@@ -41,21 +46,37 @@ def moe_fx_backend(
 
     Raises `ConfigurationError` for options that do not fit the model or group, and
     `NothingMatched` under ``strict``. Where moe_fx fails otherwise, the report says so, and
-    ``module`` goes to the base compiler as it came (`moe_fx.net`).
+    ``module`` goes to the base compiler as it came (`moe_fx.net`). Raises `CaptureAgain` where
+    Dynamo captured more than without moe_fx, and nothing was made of it (`moe_fx.tracing`).
     """
+    with outside():
+        return _compile(module, example_inputs, options, mode, unknown)
+
+
+def _compile(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any] | Options | None,
+    mode: str | None,
+    unknown: Mapping[str, Any],
+) -> Callable[..., Any]:
     parsed = parse_options(options, mode, unknown)
     check_devices(parsed.ep_group, example_inputs)
     report = Report()
     groups: set[str] = set()
     training = is_training(example_inputs)
     local, rewritten = Localised(module, tuple(example_inputs), frozenset()), module
+    larger = False
     if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
         return compile_by_base(module, example_inputs, parsed, report, training)
     compiled: Callable[..., Any] | None = None
-    try:
+    with _announced(report, parsed):
         with net(report, module, example_inputs, "it looked for MoE layers"):
-            local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
-        _check_strict(report, parsed)
+            local, rewritten, larger = rewrite(module, example_inputs, parsed, report, groups)
+        if report.bugs or not larger:
+            captured_in_vain(module, report)
+        note_breaks(module, report)
+        _check_strict(report, parsed, nothing=judge(module, report))
         if rewritten is not module or lowers(parsed, example_inputs):
             doing = f"{parsed.base} compiled what it made of a graph"
             with net(report, module, example_inputs, doing):
@@ -63,9 +84,8 @@ def moe_fx_backend(
                 compiled = local.wrap(result)
             _check_strict(report, parsed)
         if compiled is None:
+            captured_in_vain(module, report)
             compiled = _as_it_came(module, example_inputs, parsed, report, training)
-    finally:
-        _announce(report, parsed)
     if report.bugs:
         groups |= groups_in(module)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
@@ -97,13 +117,14 @@ def rewrite(
     options: Options,
     report: Report,
     groups: set[str],
-) -> tuple[Localised, GraphModule]:
-    """``module`` without DTensors, and the expert-parallel graph of it, or itself, untouched, if no
-    region was accepted. ``groups`` gets those that it exchanged tokens over as it came."""
+) -> tuple[Localised, GraphModule, bool]:
+    """``module`` without DTensors; the expert-parallel graph of it, or itself, untouched, if no
+    region was accepted; whether a region needs data-dependent sizes. ``groups`` gets those that it
+    exchanged tokens over as it came."""
     untouched = Localised(module, tuple(example_inputs), frozenset())
     if not may_select_experts(module):
         report.graphs += 1
-        return untouched, module
+        return untouched, module, False
     try:
         opened, bodies = open_bodies(module)
         local = localise(opened, example_inputs)
@@ -111,7 +132,7 @@ def rewrite(
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return untouched, module
+        return untouched, module, False
     lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
@@ -126,14 +147,14 @@ def rewrite(
     with neutral():
         result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
-        return untouched, module
+        return untouched, module, False
     if bodies:
         graphs = close_bodies(result, bodies, [region.parts.ids for region in context.regions])
         if not later:
             for graph in graphs:
                 passes.Overlap()(graph, context)
     switch_off(result)
-    return local, result
+    return local, result, context.holds_new_sizes
 
 
 def compile_graph(
@@ -147,6 +168,20 @@ def compile_graph(
     if lowers(options, inputs):
         return compile_lowered(module, inputs, options, report)
     return compile_by_base(module, inputs, options, report, training)
+
+
+@contextmanager
+def _announced(report: Report, options: Options) -> Iterator[None]:
+    """At the end of the block, to whoever asked for it, and to the log, also where the block fails;
+    not if the graph is to be captured anew."""
+    try:
+        yield
+    except CaptureAgain:
+        raise
+    except BaseException:
+        _announce(report, options)
+        raise
+    _announce(report, options)
 
 
 def _announce(report: Report, options: Options) -> None:
@@ -171,13 +206,20 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
                 check_device(value.device, "The model", group)
 
 
-def _check_strict(report: Report, options: Options) -> None:
-    """Raises `NothingMatched` under ``strict``."""
-    if options.strict and (report.missed or not report.regions):
+def _check_strict(report: Report, options: Options, nothing: bool = False) -> None:
+    """Raises `NothingMatched` under ``strict``: at once for a layer that may be missed, and, if the
+    model has been seen to its end, for ``nothing`` in it or a router that has lost its experts."""
+    if not options.strict or not (report.missed or nothing):
+        return
+    if report.missed:
         found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
-        raise NothingMatched(
-            f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
-            f"candidate was: {found or 'the graph selects no experts'}. Use "
-            "moe_fx.explain(model, *args) to see each candidate, or strict=False to run what did "
-            "not match as it is."
-        )
+        what = f"{len(report.missed)} of the MoE layers in this graph may have been missed: {found}"
+    elif report.breaks:
+        found = "; ".join(f"{each.reason} (at {each.source})" for each in report.breaks)
+        what = f"not every MoE layer was rewritten: graph breaks part the model: {found}"
+    else:
+        what = "no MoE layer was found: nothing in the model selects experts"
+    raise NothingMatched(
+        f"strict=True: {what}. moe_fx.explain(model, *args) lists every candidate and every graph "
+        "break; strict=False runs what did not match as it is."
+    )

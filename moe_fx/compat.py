@@ -5,9 +5,12 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -15,10 +18,18 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import compiled_autograd
+from torch._dynamo import compiled_autograd, convert_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import list_backends, lookup_backend
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.exc import BackendCompilerFailed as BackendFailed
+from torch._dynamo.exc import (
+    RestartAnalysis,
+    SkipFrame,
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+    Unsupported,
+    UserError,
+)
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
@@ -39,17 +50,26 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     make_fx,
 )
-from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    compute_unbacked_bindings,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 from torch.fx.node import map_arg
 from torch.library import get_ctx
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.types import py_sym_types
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "BREAKS",
     "DYNAMO_SIGNALS",
     "INFERENCE_MODE",
     "AutocastKey",
+    "BackendFailed",
+    "CaptureAgain",
     "CustomGraphPass",
     "FakeValues",
     "NoExport",
@@ -62,6 +82,8 @@ __all__ = [
     "autocast_off",
     "base_compiler",
     "collective_groups",
+    "compile_options",
+    "cut_by_ddp",
     "data_dependent_size",
     "decomposed",
     "enter_autocast",
@@ -69,6 +91,7 @@ __all__ = [
     "exit_autocast",
     "export_functional",
     "forgetting_new_sizes",
+    "frame_graph",
     "graph_breaks",
     "group_of_ranks",
     "group_store",
@@ -77,9 +100,11 @@ __all__ = [
     "inductor_cuda_graphs",
     "inductor_mode",
     "inductor_passes",
+    "intercept_frames",
     "is_traceable_wrapper_subclass",
     "is_traced",
     "known_backends",
+    "new_sizes",
     "no_compiled_autograd",
     "no_function_modes",
     "no_transforms",
@@ -234,6 +259,59 @@ def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
 
 DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
 """Exceptions by which what a backend calls asks Dynamo for something: no failures."""
+
+
+BREAKS = (Unsupported, UserError)
+"""Exceptions with which Dynamo gives a frame up: it runs as it is."""
+
+
+class CaptureAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
+    """Raised by a backend: Dynamo is to trace the frame once more, from its start. (The first base
+    is let through by whatever calls the backend, the second makes Dynamo forget its breaks.)"""
+
+
+Frames = Callable[[Any, bool, CodeType, Callable[[], Any]], Any]
+
+
+def intercept_frames(handler: Frames) -> None:
+    """From now on ``handler(backend, fullgraph, code, go_on)`` gives what Dynamo makes of a frame,
+    for whichever backend; ``go_on()`` does what Dynamo would have done."""
+    convert = convert_frame._compile
+    named = inspect.signature(convert)
+
+    @functools.wraps(convert)
+    def _compile(*args: Any, **kwargs: Any) -> Any:
+        given = named.bind(*args, **kwargs).arguments
+
+        def go_on() -> Any:
+            return convert(*args, **{**kwargs, "skip": kwargs.get("skip", 0) + 3})
+
+        return handler(given["compiler_fn"], given["one_graph"], given["code"], go_on)
+
+    convert_frame._compile = _compile
+
+
+def frame_graph(error: BaseException) -> Graph | None:
+    """What had been captured of a frame when Dynamo gave it up."""
+    output = getattr(error, "_torch_dynamo_tracer_output", None)
+    graph = getattr(output, "output_graph_for_cleanup", None)
+    return None if graph is None else graph.graph
+
+
+def compile_options(backend: Any) -> Any:
+    """The ``options`` that torch.compile was given with ``backend``."""
+    return getattr(backend, "kwargs", {}).get("options")
+
+
+def cut_by_ddp(backend: Any) -> Any:
+    """The backend that DDP's optimiser calls for each piece of a graph, if ``backend`` is it."""
+    return getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
+
+
+def new_sizes(value: Any) -> set[Any]:
+    """The numbers that only running gives among ``value``, which may hold tensors, and sizes."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, *py_sym_types))]
+    return set(free_unbacked_symbols(leaves))
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from moe_fx import report_schema
+from moe_fx.breaks import joined
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Lowered, Region
+from moe_fx.region import Break, Declined, Lowered, Region
 from moe_fx.report_html import page
 from moe_fx.rows import Rows
 
@@ -30,7 +31,8 @@ class Report:
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
     lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
     compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
-    compilation beside the layers, and why."""
+    compilation beside the layers, and why. breaks: where Dynamo ended a graph, or gave a function
+    up."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -39,6 +41,7 @@ class Report:
     graphs: int = 0
     lowered: list[Lowered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    breaks: list[Break] = field(default_factory=list)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -51,6 +54,7 @@ class Report:
         self.graphs += other.graphs
         self.lowered += other.lowered
         self.notes += other.notes
+        self.breaks = joined([*self.breaks, *other.breaks])
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
@@ -64,6 +68,29 @@ class Report:
         """The declined candidates that may be MoE layers: what ``strict`` refuses."""
         return [declined for declined in self.declined if declined.reads_experts]
 
+    @property
+    def hidden(self) -> list[str]:
+        """Where experts are selected that a graph break hides, and that no layer of this report
+        shows (one whose ids come from outside of its graph may be such a layer)."""
+        hidden = [source for each in self.breaks for source in each.hides]
+        shown = sum(region.router.selection == "lookup" for region in self.regions)
+        return hidden[shown:]
+
+    @property
+    def nothing(self) -> str:
+        """Why nothing was found, neither layers nor candidates; "" if there is something."""
+        if self.regions or self.declined:
+            return ""
+        if not self.graphs:
+            why = "Dynamo captured no graph, so that moe_fx has seen nothing of the model"
+        else:
+            why = "no graph selects experts"
+        if any(each.hides for each in self.breaks):
+            why = "graph breaks part the routers from their experts"
+        elif self.breaks:
+            why += "; what is behind a graph break may not be compiled"
+        return f"No MoE layer found: {why}."
+
     def to_dict(self) -> dict[str, Any]:
         """What `to_json` writes."""
         return {
@@ -75,6 +102,7 @@ class Report:
             "pass_seconds": self.pass_seconds,
             "lowered": [asdict(each) for each in self.lowered],
             "notes": self.notes,
+            "breaks": [asdict(each) for each in self.breaks],
         }
 
     def to_text(self) -> str:
@@ -90,8 +118,9 @@ class Report:
             for d in self.declined
         ]
         lines += [f"- note: {note}" for note in self.notes]
-        if not self.regions and not self.declined:
-            lines.append("no graph selects experts with a top-k")
+        lines += [f"- graph break: {each.text}\n  at {each.source}" for each in self.breaks]
+        if self.nothing:
+            lines.append(self.nothing)
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -110,7 +139,7 @@ class Report:
         """One self-contained HTML page: per region its source, its nodes before and after the
         rewrite and what was verified; per declined candidate the reason and its source. Also
         written to ``path`` if one is given. Source lines are read from the files now."""
-        text = page(self.regions, self.declined, self.plans, self.notes)
+        text = page(self.regions, self.declined, self.plans, self.notes, self.breaks, self.nothing)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -123,8 +152,10 @@ class Report:
             console.print(self._declined_table())
         for note in self.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)
-        if not self.regions and not self.declined:
-            console.print("No MoE layer found: no graph selects experts.")
+        if self.breaks:
+            console.print(self._breaks_table())
+        if self.nothing:
+            console.print(self.nothing, markup=False, highlight=False)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH)
@@ -144,6 +175,14 @@ class Report:
                 _verified_text(region),
                 _short(region.source),
             )
+        return table
+
+    def _breaks_table(self) -> Rows:
+        headings = ("Dynamo's reason", "hides the experts selected at", "source")
+        table = Rows(f"Graph breaks: {len(self.breaks)}", headings)
+        for each in self.breaks:
+            hides = ", ".join(map(_short, each.hides))
+            table.add_row(each.said, hides, _short(each.source))
         return table
 
     def _declined_table(self) -> Rows:

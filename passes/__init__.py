@@ -12,6 +12,7 @@ from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
 from moe_fx.passes.exchanged import Exchanged
 from moe_fx.passes.fuse_router import FuseRouter
+from moe_fx.passes.new_sizes import NewSizes
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
 from moe_fx.passes.plan_for_ranks import PlanForRanks
@@ -28,6 +29,7 @@ ANALYSIS: tuple[Pass, ...] = (
     Recognise(),
     Plan(),
     Verify(),
+    NewSizes(),
     Describe(),
 )
 TRANSFORMATION: tuple[Pass, ...] = (FuseRouter(), Rewrite(), Overlap())
