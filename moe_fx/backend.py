@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +13,16 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ambient import neutral
+from moe_fx.announce import Announcement
 from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
-from moe_fx.compat import CaptureAgain, in_compiled_autograd
+from moe_fx.compat import in_compiled_autograd
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
-from moe_fx.net import groups_in, log_report, net
+from moe_fx.net import groups_in, net, trace_graph
 from moe_fx.options import ORDERS_LATER, Options, parse_options
 from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
@@ -70,22 +70,24 @@ def _compile(
     if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
         return compile_by_base(module, example_inputs, parsed, report, training)
     compiled: Callable[..., Any] | None = None
-    with _announced(report, parsed):
+    with Announcement(module, example_inputs, report, parsed) as said:
         with net(report, module, example_inputs, "it looked for MoE layers"):
             local, rewritten, larger = rewrite(module, example_inputs, parsed, report, groups)
+            said.graph = rewritten
         if report.bugs or not larger:
             captured_in_vain(module, report)
         note_breaks(module, report)
         _check_strict(report, parsed, nothing=judge(module, report))
         if rewritten is not module or lowers(parsed, example_inputs):
             doing = f"{parsed.base} compiled what it made of a graph"
-            with net(report, module, example_inputs, doing):
+            with net(report, module, example_inputs, doing), said.base_compiles():
                 result = compile_graph(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
             _check_strict(report, parsed)
         if compiled is None:
             captured_in_vain(module, report)
-            compiled = _as_it_came(module, example_inputs, parsed, report, training)
+            with said.base_compiles():
+                compiled = _as_it_came(module, example_inputs, parsed, report, training)
     if report.bugs:
         groups |= groups_in(module)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
@@ -133,6 +135,7 @@ def rewrite(
         report.declined.append(obstacle.declined)
         report.graphs += 1
         return untouched, module, False
+    trace_graph("moe_fx_graph_before", captured)
     lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
@@ -154,6 +157,7 @@ def rewrite(
             for graph in graphs:
                 passes.Overlap()(graph, context)
     switch_off(result)
+    trace_graph("moe_fx_graph_after", result)
     return local, result, context.holds_new_sizes
 
 
@@ -168,27 +172,6 @@ def compile_graph(
     if lowers(options, inputs):
         return compile_lowered(module, inputs, options, report)
     return compile_by_base(module, inputs, options, report, training)
-
-
-@contextmanager
-def _announced(report: Report, options: Options) -> Iterator[None]:
-    """At the end of the block, to whoever asked for it, and to the log, also where the block fails;
-    not if the graph is to be captured anew."""
-    try:
-        yield
-    except CaptureAgain:
-        raise
-    except BaseException:
-        _announce(report, options)
-        raise
-    _announce(report, options)
-
-
-def _announce(report: Report, options: Options) -> None:
-    """To whoever asked for it, and to the log."""
-    if options.on_report is not None:
-        options.on_report(report)
-    log_report(report)
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

@@ -34,9 +34,10 @@ from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
+from torch._logging import trace_structured
 from torch._ops import OpOverload, OpOverloadPacket, _get_dispatch_mode_pre_dispatch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
@@ -82,6 +83,7 @@ __all__ = [
     "autocast_off",
     "base_compiler",
     "collective_groups",
+    "compile_id",
     "compile_options",
     "cut_by_ddp",
     "data_dependent_size",
@@ -116,6 +118,7 @@ __all__ = [
     "set_deterministic",
     "statically_known_true",
     "symbols",
+    "trace_artefact",
     "traced",
     "traces_a_body",
     "upper_bound",
@@ -182,6 +185,23 @@ def _described(reason: GraphCompileReason) -> str:
     said = " ".join(line.strip() for line in reason.reason.splitlines()[:2])
     frame = reason.user_stack[-1] if reason.user_stack else None
     return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
+
+
+def compile_id() -> str:
+    """The graph that is being compiled, as torch's logs call it: ``frame/compilation``; "" if
+    none is."""
+    current = CompileContext.current_compile_id()
+    return "" if current is None else str(current)
+
+
+def trace_artefact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Into torch's structured trace (``TORCH_TRACE``, which tlparse reads); ``payload`` is called
+    only if somebody takes one."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+    )
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
