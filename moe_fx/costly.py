@@ -21,7 +21,7 @@ from moe_fx.report import Report
 
 _GATHER = "_c10d_functional.all_gather_into_tensor"
 
-_told: set[tuple[str, str, str]] = set()
+_told: set[tuple[str, str, str, str]] = set()
 
 
 def warn_of_declined(
@@ -30,15 +30,15 @@ def warn_of_declined(
     """module: the graph as it is left, with example inputs. Bugs are no matter of this: the log has
     them as errors."""
     declined = [each for each in report.missed if not each.bug]
-    costs = list(_costs(module, inputs, options)) if declined else []
+    costs = " and ".join(_costs(module, inputs, options)) if declined else ""
     if not costs:
         return
     frame = compile_id().partition("/")[0]  # of a graph that is compiled anew, the same
     for each in declined:
-        layer = (frame, each.node, each.source)
+        layer = (frame, each.node, each.source, costs)
         if layer not in _told:
             _told.add(layer)
-            _warn(each, " and ".join(costs))
+            _warn(each, costs)
 
 
 def _costs(module: GraphModule, inputs: Sequence[Any], options: Options) -> Iterator[str]:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import xml.etree.ElementTree as ET
@@ -304,6 +305,24 @@ def test_selection() -> None:
     assert overlap.select(programs=["auto"]).programs == ("compute", "off", "auto")
     some = overlap.select(["mixtral"], quick=True, backward=True, rounds=1)
     assert (some.layers, some.backward, some.rounds) == (["mixtral"], (True,), 1)
+
+
+def test_it_says_beforehand_how_long_it_will_take() -> None:
+    quick = overlap.announcement(overlap.select(quick=True))
+    assert quick.startswith("1 point, ")
+    assert re.search(r"3 rounds: about [2-9] minutes; on a busy machine, twice that", quick)
+    everything = overlap.announcement(overlap.select())
+    assert re.search(r"^48 points, .*7 rounds: about [2-9]\.\d hours", everything)
+
+
+def test_a_machine_that_cannot_have_the_network_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise netlab.Unavailable("needs root [sudo]")
+
+    monkeypatch.setattr(overlap, "Network", refuse)
+    assert run_command("--quick") == (0, "skipped: needs root [sudo]")
 
 
 def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
