@@ -77,7 +77,7 @@ def run_demo(
     message for all ranks, if it cannot be run like this."""
     require_transformers()
     require_base(parse_options({"base": base}).base)
-    verdicts = []
+    verdicts: list[Verdict] = []
     with (
         tempfile.TemporaryDirectory(prefix="moe_fx_demo_") as folder,
         RankPool(ranks) as pool,
