@@ -22,7 +22,7 @@ _DISPATCHES = frozenset(
 )
 """What is done with the ids of experts, and hardly with other indices."""
 
-_DATA = "ata-dependent"
+_BRANCHES = "ata-dependent branching"
 _NO_TEST = (
     "If it asks whether an expert has any tokens, leave that out: an expert without tokens adds "
     "nothing."
@@ -119,4 +119,4 @@ def _in_short(reason: str) -> str:
 def _advice(reason: str, stack: Sequence[traceback.FrameSummary], hides: tuple[str, ...]) -> str:
     if any(_TRANSFORMERS in frame.filename for frame in stack):
         return _OTHER_EXPERTS
-    return _NO_TEST if hides and _DATA in reason else ""
+    return _NO_TEST if hides and _BRANCHES in reason else ""

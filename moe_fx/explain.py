@@ -54,7 +54,7 @@ def explain(
         return module.forward
 
     torch._dynamo.reset()
-    seen = Seen()
+    seen = Seen(silent=True)
     torch.compile(model, backend=sees_frames(record, seen), dynamic=dynamic)(*args, **kwargs)
     torch._dynamo.reset()
     report.extend(seen.unsaid)

@@ -69,12 +69,13 @@ _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 class Seen:
     """Of one compiled model, over all its graphs. root: its outermost function. unsaid: what no
     graph's report has said yet. said: layers and breaks of those that have. warned: what
-    was written to the log."""
+    was written to the log. silent: nothing is, for who asks reads the report."""
 
     root: CodeType | None = None
     unsaid: Report = field(default_factory=Report)
     said: Report = field(default_factory=Report)
     warned: set[str] = field(default_factory=set)
+    silent: bool = False
 
 
 @dataclass
@@ -152,6 +153,16 @@ def note_breaks(module: GraphModule, report: Report) -> None:
         frame.pieces += 1
         if left or frame.pieces == 1:
             report.breaks.append(cut(frame.code, left))
+    if frame is not None:
+        _tell_more(report, frame)
+
+
+def _tell_more(report: Report, frame: Frame) -> None:
+    """Where a layer leaves the graph, the reason for which it was not found when the graph went on
+    with data-dependent sizes says more."""
+    if frame.declined and any(LEAVES in each.reason for each in report.declined):
+        here = [each for each in report.declined if LEAVES not in each.reason]
+        report.declined = [*here, *frame.declined]
 
 
 def judge(module: GraphModule, report: Report) -> bool:
@@ -225,7 +236,7 @@ def _note(found: Break, frame: Frame, owner: Any) -> None:
     if _is_strict(owner):
         raise NothingMatched(f"strict=True: MoE layers may have been missed: {'; '.join(missed)}")
     for each in missed:
-        if each not in frame.seen.warned:
+        if not frame.seen.silent and each not in frame.seen.warned:
             frame.seen.warned.add(each)
             log.warning("An MoE layer may have been missed: %s", each)
 
