@@ -40,19 +40,21 @@ from moe_fx.compat import (
     cut_by_ddp,
     intercept_frames,
     new_sizes,
+    resumes,
 )
 from moe_fx.errors import NothingMatched
 from moe_fx.passes.recognise import LEAVES
 from moe_fx.region import Break, Declined
 from moe_fx.report import Report
+from moe_fx.strict import refuse_missed, refuse_model
 
 __all__ = [
     "Seen",
     "captured_in_vain",
     "install",
-    "judge",
     "note_breaks",
     "outside",
+    "seen_whole",
     "sees_frames",
 ]
 
@@ -165,19 +167,17 @@ def _tell_more(report: Report, frame: Frame) -> None:
         report.declined = [*here, *frame.declined]
 
 
-def judge(module: GraphModule, report: Report) -> bool:
-    """Takes note of the report of a graph; True if the model's outermost function ends with this
-    graph and no graph of it has shown a layer, or not all (`Report.hidden`)."""
+def seen_whole(module: GraphModule, report: Report) -> Report | None:
+    """Takes note of the report of a graph; the layers and breaks of all graphs of the model, if its
+    outermost function ends with this one."""
     frame = _current.get()
     if frame is None:
-        return not report.regions
-    seen = frame.seen
-    seen.said.regions += report.regions
-    seen.said.breaks += report.breaks
+        return report
+    frame.seen.said.extend(Report(regions=report.regions, breaks=report.breaks))
     ended = getattr(module, "compile_subgraph_reason", None)
     if ended is None or ended.graph_break or not _is_root(frame):
-        return False
-    return not seen.said.regions or bool(seen.said.hidden)
+        return None
+    return frame.seen.said
 
 
 def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], Any]) -> Any:
@@ -195,8 +195,10 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
         frame.before = {name: getattr(config, name) for name in _SIZES}
         try:
             with config.patch(**dict.fromkeys(_SIZES, True)):
-                return _within(frame, go_on)
-        except BackendFailed:
+                result = _within(frame, go_on)
+            _end_of_model(frame, owner, result)
+            return result
+        except (BackendFailed, NothingMatched):
             raise  # the backend has its own ways out
         except Exception as error:
             if frame.before is None:  # it had been traced anew already
@@ -207,10 +209,18 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
             frame.before = None
             frame.obstacle = given_up(error) if isinstance(error, BREAKS) else None
     try:
-        return _within(frame, go_on)
+        result = _within(frame, go_on)
     except BREAKS as error:
         _note(frame.obstacle or given_up(error), frame, owner)
         raise
+    _end_of_model(frame, owner, result)
+    return result
+
+
+def _end_of_model(frame: Frame, owner: Any, converted: Any) -> None:
+    """The outermost function may end with what is no graph, or with a break."""
+    if _is_root(frame) and not resumes(converted) and _is_strict(owner):
+        refuse_model(frame.seen.said)
 
 
 def _within(frame: Frame | None, go_on: Callable[[], Any]) -> Any:
@@ -234,7 +244,8 @@ def _note(found: Break, frame: Frame, owner: Any) -> None:
     if not missed:
         return
     if _is_strict(owner):
-        raise NothingMatched(f"strict=True: MoE layers may have been missed: {'; '.join(missed)}")
+        refuse_missed(report)
+        refuse_model(report)
     for each in missed:
         if not frame.seen.silent and each not in frame.seen.warned:
             frame.seen.warned.add(each)

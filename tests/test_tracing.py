@@ -208,7 +208,9 @@ def test_a_layer_that_needs_no_such_sizes_leaves_the_rest_as_without_moe_fx() ->
     with torch.no_grad():
         assert relative_error(model(tokens(12, 32)), call(tokens(12, 32))) < 1e-5
     assert sum(len(report.regions) for report in reports) == 1
-    assert len([each for report in reports for each in report.breaks]) == 1
+    assert {each.source for report in reports for each in report.breaks} == {
+        f"{__file__}:{nearest.__code__.co_firstlineno + 2}"
+    }
 
 
 def test_a_skip_of_empty_experts_runs_as_without_moe_fx() -> None:
@@ -248,7 +250,7 @@ def test_another_backend_captures_as_ever_before_and_after() -> None:
     assert settings() == (False, False)
     assert torch.compile(model, backend="eager")(x).shape == x.shape  # moe_fx's graphs are there
     _, after = graphs_with("eager", model, x)
-    assert before == after > 1
+    assert before == after != 1
 
 
 def test_another_backend_captures_as_ever_within_a_call() -> None:
@@ -332,7 +334,7 @@ def test_explain_names_the_break_that_hides_a_layer(capsys: pytest.CaptureFixtur
     for text in (str(report), report.to_text(), report.to_html()):
         assert "graph breaks part the routers from their experts" in text
         assert "Data-dependent branching" in text
-        assert f"test_tracing.py:{TEST_LINE}" in text or "token.numel" in text
+        assert f"test_tracing.py:{TEST_LINE}" in text or f">{TEST_LINE}<" in text
 
 
 def test_the_log_says_once_that_a_layer_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
@@ -343,7 +345,8 @@ def test_the_log_says_once_that_a_layer_is_hidden(caplog: pytest.LogCaptureFixtu
 
 
 def test_without_any_graph_the_report_says_so() -> None:
-    report = moe_fx.explain(torch.compiler.disable(Layer()), tokens(12, 32))
+    layer = torch.compiler.disable(Layer().forward)
+    report = moe_fx.explain(lambda x: layer(x), tokens(12, 32))
     assert report.graphs == 0 and "captured no graph" in str(report)
 
 
@@ -400,7 +403,7 @@ def test_strict_refuses_a_model_without_experts(broken: bool) -> None:
         return y.relu()
 
     call, _ = compiled(model, strict=True)
-    with pytest.raises(Exception, match=r"no MoE layer was found|graph breaks part") as raised:
+    with pytest.raises(Exception, match="no MoE layer was found") as raised:
         call(tokens(12, 32))
     assert "0 MoE layers" not in str(raised.value)
 
@@ -427,5 +430,5 @@ def test_strict_refuses_experts_that_are_not_compiled() -> None:
     call, _ = compiled(model, strict=True)
     call(tokens(12, 32))
     call, _ = compiled(both, strict=True)
-    with pytest.raises(Exception, match="graph breaks part the model"):
+    with pytest.raises(Exception, match="graph breaks hide the experts"):
         call(tokens(12, 32))
