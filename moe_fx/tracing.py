@@ -143,6 +143,10 @@ def note_breaks(module: GraphModule, report: Report) -> None:
     frame = _current.get()
     if frame is not None:
         report.extend(frame.seen.unsaid)
+        root = frame.seen.root or frame.code
+        name = getattr(root, "co_qualname", root.co_name)  # the latter in Python 3.10
+        if "/torch/" not in root.co_filename:  # what torch puts around some models
+            report.model = report.model or name.removesuffix(".forward")
         frame.seen.unsaid = Report()
         if frame.obstacle is not None and frame.obstacle.hides:
             report.breaks.append(frame.obstacle)
