@@ -19,7 +19,6 @@ from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import in_compiled_autograd
-from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
 from moe_fx.net import groups_in, net, trace_graph
@@ -27,7 +26,8 @@ from moe_fx.options import ORDERS_LATER, Options, parse_options
 from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
-from moe_fx.tracing import captured_in_vain, install, judge, note_breaks, outside, sees_frames
+from moe_fx.strict import refuse_missed, refuse_model
+from moe_fx.tracing import captured_in_vain, install, note_breaks, outside, seen_whole, sees_frames
 
 install()
 
@@ -77,13 +77,18 @@ def _compile(
         if report.bugs or not larger:
             captured_in_vain(module, report)
         note_breaks(module, report)
-        _check_strict(report, parsed, nothing=judge(module, report))
+        whole = seen_whole(module, report)
+        if parsed.strict:
+            refuse_missed(report)
+            if whole is not None:
+                refuse_model(whole)
         if rewritten is not module or lowers(parsed, example_inputs):
             doing = f"{parsed.base} compiled what it made of a graph"
             with net(report, module, example_inputs, doing), said.base_compiles():
                 result = compile_graph(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
-            _check_strict(report, parsed)
+            if parsed.strict:
+                refuse_missed(report)
         if compiled is None:
             captured_in_vain(module, report)
             with said.base_compiles():
@@ -187,22 +192,3 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
         for value in example_inputs:
             if isinstance(value, Tensor) and value.dim() > 0:
                 check_device(value.device, "The model", group)
-
-
-def _check_strict(report: Report, options: Options, nothing: bool = False) -> None:
-    """Raises `NothingMatched` under ``strict``: at once for a layer that may be missed, and, if the
-    model has been seen to its end, for ``nothing`` in it or a router that has lost its experts."""
-    if not options.strict or not (report.missed or nothing):
-        return
-    if report.missed:
-        found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
-        what = f"{len(report.missed)} of the MoE layers in this graph may have been missed: {found}"
-    elif report.breaks:
-        found = "; ".join(f"{each.reason} (at {each.source})" for each in report.breaks)
-        what = f"not every MoE layer was rewritten: graph breaks part the model: {found}"
-    else:
-        what = "no MoE layer was found: nothing in the model selects experts"
-    raise NothingMatched(
-        f"strict=True: {what}. moe_fx.explain(model, *args) lists every candidate and every graph "
-        "break; strict=False runs what did not match as it is."
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import CodeType
 
 from torch import Tensor
@@ -22,7 +23,8 @@ _DISPATCHES = frozenset(
 )
 """What is done with the ids of experts, and hardly with other indices."""
 
-_DATA = "ata-dependent"
+_LATER = "graph break in loop"
+_BRANCHES = re.compile("ata-dependent branching|Could not guard on data-dependent expression")
 _NO_TEST = (
     "If it asks whether an expert has any tokens, leave that out: an expert without tokens adds "
     "nothing."
@@ -47,8 +49,7 @@ def broken(reason: str, stack: Sequence[traceback.FrameSummary], hides: tuple[st
 def given_up(error: Exception) -> Break:
     """A function of which nothing is compiled, by the exception that says why."""
     graph = frame_graph(error)
-    while isinstance(error.__cause__, BREAKS):  # what came of it later, such as "in a loop"
-        error = error.__cause__
+    error = _first(error)
     stack = getattr(error, "real_stack", None) or traceback.StackSummary()
     hides = () if graph is None else tuple(dict.fromkeys(map(source_of, _parted(graph))))
     source = _place(stack)
@@ -63,20 +64,39 @@ def cut(code: CodeType, hides: tuple[str, ...]) -> Break:
 
 def joined(breaks: Iterable[Break]) -> list[Break]:
     """One of each place: of a function that is called by another, which Dynamo gives up as well,
-    what was found when it was tried by itself."""
+    the reason that was found when it was tried by itself."""
     found: dict[str, Break] = {}
     for each in breaks:
-        if each.source not in found or each.hides:
-            found[each.source] = each
+        before = found.get(each.source)
+        if before is not None:
+            hides = tuple(dict.fromkeys([*before.hides, *each.hides]))
+            each = replace(each, hides=hides, advice=each.advice or before.advice)
+        found[each.source] = each
     return list(found.values())
 
 
+def _first(error: BaseException) -> BaseException:
+    """The break that others came of, such as that it was in a loop."""
+    breaks = [error]
+    while isinstance(breaks[-1].__cause__, BREAKS):
+        breaks.append(breaks[-1].__cause__)
+    return next((each for each in breaks if not str(each).startswith(_LATER)), error)
+
+
 def _parted(graph: Graph) -> Iterable[Node]:
-    """The selections whose indices the function itself, no function that it calls, brings to
-    experts: that is run as it is, whatever becomes of the others."""
+    """The selections whose indices the function itself brings to experts, or passes on from one
+    function to another: it is run as it is, whatever becomes of what it calls."""
     for node in graph.nodes:
-        if op_name(node) in _SELECTS and any(map(_dispatches, _readers_of_ids(node))):
+        if op_name(node) in _SELECTS and any(
+            op_name(reader) in _DISPATCHES and _brings_together(node, reader)
+            for reader in _readers_of_ids(node)
+        ):
             yield node
+
+
+def _brings_together(selection: Node, reader: Node) -> bool:
+    calls, others = frames_of(selection), frames_of(reader)
+    return len(calls) == 1 or len(others) == 1 or calls[:1] != others[:1]
 
 
 def _readers_of_ids(selection: Node) -> set[Node]:
@@ -99,10 +119,6 @@ def _holds_integers(node: Node) -> bool:
     return isinstance(value, Tensor) and not value.dtype.is_floating_point
 
 
-def _dispatches(node: Node) -> bool:
-    return op_name(node) in _DISPATCHES and len(frames_of(node)) == 1
-
-
 def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     own = [frame for frame in stack if "/torch/" not in frame.filename] or list(stack)
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
@@ -119,4 +135,4 @@ def _in_short(reason: str) -> str:
 def _advice(reason: str, stack: Sequence[traceback.FrameSummary], hides: tuple[str, ...]) -> str:
     if any(_TRANSFORMERS in frame.filename for frame in stack):
         return _OTHER_EXPERTS
-    return _NO_TEST if hides and _DATA in reason else ""
+    return _NO_TEST if hides and _BRANCHES.search(reason) else ""

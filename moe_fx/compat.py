@@ -114,6 +114,7 @@ __all__ = [
     "real_tensors",
     "reduce_scatter_rows",
     "resolve_group",
+    "resumes",
     "saved_tensor_hooks_active",
     "set_deterministic",
     "statically_known_true",
@@ -309,6 +310,12 @@ def intercept_frames(handler: Frames) -> None:
         return handler(given["compiler_fn"], given["one_graph"], given["code"], go_on)
 
     convert_frame._compile = _compile
+
+
+def resumes(converted: Any) -> bool:
+    """Whether a frame, as Dynamo converted it, or gave it up, goes on in frames to come."""
+    new = converted.guarded_code
+    return new is None or any(name.startswith("__resume_at") for name in new.code.co_names)
 
 
 def frame_graph(error: BaseException) -> Graph | None:

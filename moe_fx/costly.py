@@ -21,7 +21,7 @@ from moe_fx.report import Report
 
 _GATHER = "_c10d_functional.all_gather_into_tensor"
 
-_told: set[tuple[str, str, str, str]] = set()
+_told: set[tuple[str, ...]] = set()
 
 
 def warn_of_declined(
@@ -35,7 +35,7 @@ def warn_of_declined(
         return
     frame = compile_id().partition("/")[0]  # of a graph that is compiled anew, the same
     for each in declined:
-        layer = (frame, each.node, each.source, costs)
+        layer = (frame, each.module, each.node, each.source, costs)
         if layer not in _told:
             _told.add(layer)
             _warn(each, costs)
@@ -72,8 +72,11 @@ def _is_shard(value: Any) -> bool:
 
 def _warn(declined: Declined, costs: str) -> None:
     file, _, line = declined.source.rpartition(":")
+    name = declined.source or declined.node
+    if declined.module:
+        name = f"{declined.module} ({name})"
     warnings.warn_explicit(
-        f"moe_fx leaves the MoE layer selected at {declined.source or declined.node} as it is: "
+        f"moe_fx leaves the MoE layer {name} as it is: "
         f"{costs}. The reason: {declined.reason} (graph node {declined.node}). "
         "moe_fx.explain(model, *args) says more; to go without this warning: "
         "warnings.simplefilter('ignore', moe_fx.DeclinedLayerWarning).",

@@ -14,6 +14,7 @@ from moe_fx.backend import is_training
 from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.local_tensors import localise
+from moe_fx.naming import name_of
 from moe_fx.net import log_report, net
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
@@ -38,7 +39,7 @@ def explain(
     """
     parsed = parse_options(options)
     steps = passes.ANALYSIS if ranks is None else passes.for_ranks(ranks, passes=passes.ANALYSIS)
-    report = Report()
+    report = Report(model=name_of(model))
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         found = Report()
@@ -54,7 +55,7 @@ def explain(
         return module.forward
 
     torch._dynamo.reset()
-    seen = Seen()
+    seen = Seen(silent=True)
     torch.compile(model, backend=sees_frames(record, seen), dynamic=dynamic)(*args, **kwargs)
     torch._dynamo.reset()
     report.extend(seen.unsaid)

@@ -188,6 +188,8 @@ class Region:
         "gathered", "local", or "exchanged" (the graph holds the exchange already; docs/design.md).
     activation: best name of what happens between the expert matmuls, or "custom".
     source: ``file:line`` of the router's selection in the user's model.
+    module: path of the module that holds the layer ("" if that is the model itself, or unknown);
+        weights: paths of the parameters and buffers that the experts' tables are made of.
     input, output: names of the graph nodes that hold the tokens and the combined result.
     verified: the replacement agreed with the original by value (False if verification was off).
     effects: what the proofs saw of each input that the layer reads, those of recognition first.
@@ -210,6 +212,8 @@ class Region:
     effects: tuple[Effect, ...] = field(default=(), compare=False)
     verification: Verification | None = field(default=None, compare=False)
     listing: Listing | None = field(default=None, repr=False, compare=False)
+    module: str = field(default="", compare=False)
+    weights: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class Declined:
     nearest_form: the form whose conditions went furthest before one failed.
     reads_experts: False if nothing behind the selection reads a table of as many experts as it
         selects from (attention to selected tokens, sampling): no MoE layer was missed here.
+    module: path of the module that the node was made in, as in `Region`.
     bug: the traceback, where moe_fx itself failed and left the whole graph as it came; please
         report it. "" for any other reason.
     """
@@ -230,6 +235,7 @@ class Declined:
     nearest_form: str = ""
     reads_experts: bool = True
     bug: str = field(default="", repr=False)
+    module: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

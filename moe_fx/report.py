@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from moe_fx import report_schema
@@ -25,6 +27,15 @@ from moe_fx.rows import Rows
 _WIDTH = 120
 
 
+def _versions() -> dict[str, str]:
+    from moe_fx import __version__
+
+    found = {"moe_fx": __version__, "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    return found
+
+
 @dataclass
 class Report:
     """regions, declined: in graph order. plans: one per region that is not "exchanged" already.
@@ -32,7 +43,8 @@ class Report:
     lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
     compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
     compilation beside the layers, and why. breaks: where Dynamo ended a graph, or gave a function
-    up."""
+    up. model: class or function that was compiled. versions: of moe_fx, torch and, if it is in use,
+    transformers."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -42,6 +54,8 @@ class Report:
     lowered: list[Lowered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     breaks: list[Break] = field(default_factory=list)
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -52,6 +66,7 @@ class Report:
         self.declined += other.declined
         self.plans += other.plans
         self.graphs += other.graphs
+        self.model = self.model or other.model
         self.lowered += other.lowered
         self.notes += other.notes
         self.breaks = joined([*self.breaks, *other.breaks])
@@ -67,6 +82,12 @@ class Report:
     def missed(self) -> list[Declined]:
         """The declined candidates that may be MoE layers: what ``strict`` refuses."""
         return [declined for declined in self.declined if declined.reads_experts]
+
+    @property
+    def about(self) -> str:
+        """The model and the versions."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.model}; {versions}" if self.model else versions
 
     @property
     def hidden(self) -> list[str]:
@@ -95,6 +116,8 @@ class Report:
         """What `to_json` writes."""
         return {
             "version": report_schema.VERSION,
+            "model": self.model,
+            "versions": self.versions,
             "graphs": self.graphs,
             "regions": [_region_dict(region) for region in self.regions],
             "declined": [asdict(declined) for declined in self.declined],
@@ -108,11 +131,16 @@ class Report:
     def to_text(self) -> str:
         """One line per region and declined candidate, with whole paths: for messages and logs."""
         lines = [f"MoE layers found: {len(self.regions)}, declined: {len(self.declined)}"]
-        lines += [f"- {_line(region)}\n  at {region.source}" for region in self.regions]
+        lines.append(self.about)
+        lines += [
+            f"- {_line(region)}\n  at {_place(region.module, region.source)}"
+            for region in self.regions
+        ]
         summaries = Counter(plan.summary for plan in self.plans)
         lines += [f"- {count} planned: {summary}" for summary, count in summaries.items()]
         lines += [
-            f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
+            f"- declined: {d.reason}\n  at node {d.node}, "
+            + _place(d.module, d.source or "source unknown")
             + (f", nearest form {d.nearest_form}" if d.nearest_form else "")
             + (f"\n{indent(d.bug, '  | ')}" if d.bug else "")
             for d in self.declined
@@ -139,13 +167,15 @@ class Report:
         """One self-contained HTML page: per region its source, its nodes before and after the
         rewrite and what was verified; per declined candidate the reason and its source. Also
         written to ``path`` if one is given. Source lines are read from the files now."""
-        text = page(self.regions, self.declined, self.plans, self.notes, self.breaks, self.nothing)
+        found = (self.regions, self.declined, self.plans, self.notes, self.breaks)
+        text = page(*found, self.nothing, self.about)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
+        console.print(self.about, markup=False, highlight=False)
         if self.regions:
             console.print(self._regions_table())
         if self.declined:
@@ -164,14 +194,18 @@ class Report:
         return console.file.getvalue()
 
     def _regions_table(self) -> Rows:
-        headings = ("experts", "router", "body", "dispatch", "verified", "source")
+        headings = ("layer", "experts", "router", "body", "dispatch", "plan", "verified", "source")
         table = Rows(f"MoE layers found: {len(self.regions)}", headings)
-        for region in self.regions:
+        plans = [plan.summary for plan in self.plans]
+        plans += [""] * (len(self.regions) - len(plans))
+        for region, plan in zip(self.regions, plans, strict=False):
             table.add_row(
+                region.module,
                 f"{region.top_k} of {region.num_experts}, hidden {region.hidden_size}",
                 _router_text(region),
                 region.activation + (" + shared" if region.has_shared_expert else ""),
                 f"{region.form}, {region.program}",
+                plan,
                 _verified_text(region),
                 _short(region.source),
             )
@@ -187,11 +221,15 @@ class Report:
 
     def _declined_table(self) -> Rows:
         bugs = f" ({len(self.bugs)} by a bug of moe_fx)" if self.bugs else ""
-        headings = ("reason", "node", "nearest form", "source")
+        headings = ("reason", "module", "node", "nearest form", "source")
         table = Rows(f"Declined: {len(self.declined)}{bugs}", headings)
         for declined in self.declined:
             table.add_row(
-                declined.reason, declined.node, declined.nearest_form, _short(declined.source)
+                declined.reason,
+                declined.module,
+                declined.node,
+                declined.nearest_form,
+                _short(declined.source),
             )
         return table
 
@@ -213,6 +251,10 @@ def _line(region: Region) -> str:
         f"{_router_text(region)}; body: {region.activation}; {region.form}, {region.program}; "
         f"verified: {_verified_text(region)}"
     )
+
+
+def _place(module: str, source: str) -> str:
+    return f"{module}, {source}" if module else source
 
 
 def _verified_text(region: Region) -> str:

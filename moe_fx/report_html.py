@@ -61,6 +61,7 @@ def page(
     notes: Sequence[str],
     breaks: Sequence[Break],
     nothing: str,
+    about: str,
 ) -> str:
     """``plans``: one per region, or none."""
     sources = Sources()
@@ -78,6 +79,7 @@ def page(
         declined=[(d, sources.excerpts([d.source], _AROUND_SELECTION)) for d in declined],
         notes=notes,
         nothing=nothing,
+        about=about,
         breaks=[(each, sources.excerpts([each.source], _AROUND_SELECTION)) for each in breaks],
         light=Markup(style_sheet("default", ".code")),
         dark=Markup(style_sheet("github-dark", ".code")),

@@ -36,6 +36,8 @@ def _report() -> type[BaseModel]:
     plan = _model(ExchangePlan, host_sync=str)
     types: dict[str, Any] = {
         "version": Literal[1],
+        "model": str,
+        "versions": dict[str, str],
         "graphs": int,
         "regions": list[region],  # type: ignore[valid-type]
         "declined": list[_model(Declined)],  # type: ignore[misc]

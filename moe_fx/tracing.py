@@ -40,19 +40,21 @@ from moe_fx.compat import (
     cut_by_ddp,
     intercept_frames,
     new_sizes,
+    resumes,
 )
 from moe_fx.errors import NothingMatched
 from moe_fx.passes.recognise import LEAVES
 from moe_fx.region import Break, Declined
 from moe_fx.report import Report
+from moe_fx.strict import refuse_missed, refuse_model
 
 __all__ = [
     "Seen",
     "captured_in_vain",
     "install",
-    "judge",
     "note_breaks",
     "outside",
+    "seen_whole",
     "sees_frames",
 ]
 
@@ -69,12 +71,13 @@ _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 class Seen:
     """Of one compiled model, over all its graphs. root: its outermost function. unsaid: what no
     graph's report has said yet. said: layers and breaks of those that have. warned: what
-    was written to the log."""
+    was written to the log. silent: nothing is, for who asks reads the report."""
 
     root: CodeType | None = None
     unsaid: Report = field(default_factory=Report)
     said: Report = field(default_factory=Report)
     warned: set[str] = field(default_factory=set)
+    silent: bool = False
 
 
 @dataclass
@@ -140,6 +143,10 @@ def note_breaks(module: GraphModule, report: Report) -> None:
     frame = _current.get()
     if frame is not None:
         report.extend(frame.seen.unsaid)
+        root = frame.seen.root or frame.code
+        name = getattr(root, "co_qualname", root.co_name)  # the latter in Python 3.10
+        if "/torch/" not in root.co_filename:  # what torch puts around some models
+            report.model = report.model or name.removesuffix(".forward")
         frame.seen.unsaid = Report()
         if frame.obstacle is not None and frame.obstacle.hides:
             report.breaks.append(frame.obstacle)
@@ -152,21 +159,29 @@ def note_breaks(module: GraphModule, report: Report) -> None:
         frame.pieces += 1
         if left or frame.pieces == 1:
             report.breaks.append(cut(frame.code, left))
+    if frame is not None:
+        _tell_more(report, frame)
 
 
-def judge(module: GraphModule, report: Report) -> bool:
-    """Takes note of the report of a graph; True if the model's outermost function ends with this
-    graph and no graph of it has shown a layer, or not all (`Report.hidden`)."""
+def _tell_more(report: Report, frame: Frame) -> None:
+    """Where a layer leaves the graph, the reason for which it was not found when the graph went on
+    with data-dependent sizes says more."""
+    if frame.declined and any(LEAVES in each.reason for each in report.declined):
+        here = [each for each in report.declined if LEAVES not in each.reason]
+        report.declined = [*here, *frame.declined]
+
+
+def seen_whole(module: GraphModule, report: Report) -> Report | None:
+    """Takes note of the report of a graph; the layers and breaks of all graphs of the model, if its
+    outermost function ends with this one."""
     frame = _current.get()
     if frame is None:
-        return not report.regions
-    seen = frame.seen
-    seen.said.regions += report.regions
-    seen.said.breaks += report.breaks
+        return report
+    frame.seen.said.extend(Report(regions=report.regions, breaks=report.breaks))
     ended = getattr(module, "compile_subgraph_reason", None)
     if ended is None or ended.graph_break or not _is_root(frame):
-        return False
-    return not seen.said.regions or bool(seen.said.hidden)
+        return None
+    return frame.seen.said
 
 
 def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], Any]) -> Any:
@@ -184,8 +199,10 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
         frame.before = {name: getattr(config, name) for name in _SIZES}
         try:
             with config.patch(**dict.fromkeys(_SIZES, True)):
-                return _within(frame, go_on)
-        except BackendFailed:
+                result = _within(frame, go_on)
+            _end_of_model(frame, owner, result)
+            return result
+        except (BackendFailed, NothingMatched):
             raise  # the backend has its own ways out
         except Exception as error:
             if frame.before is None:  # it had been traced anew already
@@ -196,10 +213,18 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
             frame.before = None
             frame.obstacle = given_up(error) if isinstance(error, BREAKS) else None
     try:
-        return _within(frame, go_on)
+        result = _within(frame, go_on)
     except BREAKS as error:
         _note(frame.obstacle or given_up(error), frame, owner)
         raise
+    _end_of_model(frame, owner, result)
+    return result
+
+
+def _end_of_model(frame: Frame, owner: Any, converted: Any) -> None:
+    """The outermost function may end with what is no graph, or with a break."""
+    if _is_root(frame) and not resumes(converted) and _is_strict(owner):
+        refuse_model(frame.seen.said)
 
 
 def _within(frame: Frame | None, go_on: Callable[[], Any]) -> Any:
@@ -223,9 +248,10 @@ def _note(found: Break, frame: Frame, owner: Any) -> None:
     if not missed:
         return
     if _is_strict(owner):
-        raise NothingMatched(f"strict=True: MoE layers may have been missed: {'; '.join(missed)}")
+        refuse_missed(report)
+        refuse_model(report)
     for each in missed:
-        if each not in frame.seen.warned:
+        if not frame.seen.silent and each not in frame.seen.warned:
             frame.seen.warned.add(each)
             log.warning("An MoE layer may have been missed: %s", each)
 

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import GraphModule
 
+from moe_fx.naming import module_of
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
 from moe_fx.passes.exchanged import Exchanged
@@ -71,4 +74,9 @@ def run(module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELI
     context.report.regions += context.regions
     context.report.plans += context.plans
     context.report.graphs += 1
+    made_in = {node.name: module_of(node) for node in module.graph.nodes}
+    context.report.declined = [
+        replace(each, module=each.module or made_in.get(each.node, ""))
+        for each in context.report.declined
+    ]
     return current if context.regions else module

@@ -46,6 +46,7 @@ def warned(rank: int, model: type[nn.Module], how: str) -> list[tuple[str, str, 
 
 def test_each_layer_is_told_once_with_reason_and_line(ranks2: RankPool) -> None:
     for found in ranks2.run(warned, Two, "group"):
+        assert [f"layers.{at} (" in found[at][0] for at in range(2)] == [True, True]
         assert len(found) == 2
         for message, file, line in found:
             assert "each of the 2 ranks computes all of its experts" in message
