@@ -22,7 +22,14 @@ from moe_fx.dispatcher import (  # noqa: E402
     MoEDispatcherConfig,
     interleave,
 )
-from moe_fx.errors import BadInput, ConfigurationError, MoeFxError, NothingMatched, RanksDiffer  # noqa: E402
+from moe_fx.errors import (  # noqa: E402
+    BadInput,
+    ConfigurationError,
+    DeclinedLayerWarning,
+    MoeFxError,
+    NothingMatched,
+    RanksDiffer,
+)
 from moe_fx.estimate import inductor_runtime_estimation  # noqa: E402
 from moe_fx.explain import explain  # noqa: E402
 from moe_fx.graph_pass import MoEPass  # noqa: E402
@@ -40,6 +47,7 @@ __all__ = [
     "BadInput",
     "ConfigurationError",
     "Declined",
+    "DeclinedLayerWarning",
     "MoEAlltoAllSeqOverLapDispatcher",
     "MoEDispatcher",
     "MoEDispatcherConfig",

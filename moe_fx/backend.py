@@ -13,21 +13,26 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ambient import neutral
+from moe_fx.announce import Announcement
 from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import in_compiled_autograd
-from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
-from moe_fx.net import groups_in, log_report, net
+from moe_fx.net import groups_in, net, trace_graph
 from moe_fx.options import ORDERS_LATER, Options, parse_options
 from moe_fx.order import compile_by_base
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
+from moe_fx.strict import refuse_missed, refuse_model
+from moe_fx.tracing import captured_in_vain, install, note_breaks, outside, seen_whole, sees_frames
+
+install()
 
 
+@sees_frames
 def moe_fx_backend(
     module: GraphModule,
     example_inputs: Sequence[Any],
@@ -41,31 +46,53 @@ def moe_fx_backend(
 
     Raises `ConfigurationError` for options that do not fit the model or group, and
     `NothingMatched` under ``strict``. Where moe_fx fails otherwise, the report says so, and
-    ``module`` goes to the base compiler as it came (`moe_fx.net`).
+    ``module`` goes to the base compiler as it came (`moe_fx.net`). Raises `CaptureAgain` where
+    Dynamo captured more than without moe_fx, and nothing was made of it (`moe_fx.tracing`).
     """
+    with outside():
+        return _compile(module, example_inputs, options, mode, unknown)
+
+
+def _compile(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any] | Options | None,
+    mode: str | None,
+    unknown: Mapping[str, Any],
+) -> Callable[..., Any]:
     parsed = parse_options(options, mode, unknown)
     check_devices(parsed.ep_group, example_inputs)
     report = Report()
     groups: set[str] = set()
     training = is_training(example_inputs)
     local, rewritten = Localised(module, tuple(example_inputs), frozenset()), module
+    larger = False
     if in_compiled_autograd():  # a backward pass: what it exchanges is its forward's
         return compile_by_base(module, example_inputs, parsed, report, training)
     compiled: Callable[..., Any] | None = None
-    try:
+    with Announcement(module, example_inputs, report, parsed) as said:
         with net(report, module, example_inputs, "it looked for MoE layers"):
-            local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
-        _check_strict(report, parsed)
+            local, rewritten, larger = rewrite(module, example_inputs, parsed, report, groups)
+            said.graph = rewritten
+        if report.bugs or not larger:
+            captured_in_vain(module, report)
+        note_breaks(module, report)
+        whole = seen_whole(module, report)
+        if parsed.strict:
+            refuse_missed(report)
+            if whole is not None:
+                refuse_model(whole)
         if rewritten is not module or lowers(parsed, example_inputs):
             doing = f"{parsed.base} compiled what it made of a graph"
-            with net(report, module, example_inputs, doing):
+            with net(report, module, example_inputs, doing), said.base_compiles():
                 result = compile_graph(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
-            _check_strict(report, parsed)
+            if parsed.strict:
+                refuse_missed(report)
         if compiled is None:
-            compiled = _as_it_came(module, example_inputs, parsed, report, training)
-    finally:
-        _announce(report, parsed)
+            captured_in_vain(module, report)
+            with said.base_compiles():
+                compiled = _as_it_came(module, example_inputs, parsed, report, training)
     if report.bugs:
         groups |= groups_in(module)
     groups |= {plan.group_name for plan in report.plans if plan.group_name}
@@ -97,13 +124,14 @@ def rewrite(
     options: Options,
     report: Report,
     groups: set[str],
-) -> tuple[Localised, GraphModule]:
-    """``module`` without DTensors, and the expert-parallel graph of it, or itself, untouched, if no
-    region was accepted. ``groups`` gets those that it exchanged tokens over as it came."""
+) -> tuple[Localised, GraphModule, bool]:
+    """``module`` without DTensors; the expert-parallel graph of it, or itself, untouched, if no
+    region was accepted; whether a region needs data-dependent sizes. ``groups`` gets those that it
+    exchanged tokens over as it came."""
     untouched = Localised(module, tuple(example_inputs), frozenset())
     if not may_select_experts(module):
         report.graphs += 1
-        return untouched, module
+        return untouched, module, False
     try:
         opened, bodies = open_bodies(module)
         local = localise(opened, example_inputs)
@@ -111,7 +139,8 @@ def rewrite(
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return untouched, module
+        return untouched, module, False
+    trace_graph("moe_fx_graph_before", captured)
     lowered = lowers(options, local.inputs)
     context = passes.Context(
         options=options,
@@ -126,14 +155,15 @@ def rewrite(
     with neutral():
         result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
-        return untouched, module
+        return untouched, module, False
     if bodies:
         graphs = close_bodies(result, bodies, [region.parts.ids for region in context.regions])
         if not later:
             for graph in graphs:
                 passes.Overlap()(graph, context)
     switch_off(result)
-    return local, result
+    trace_graph("moe_fx_graph_after", result)
+    return local, result, context.holds_new_sizes
 
 
 def compile_graph(
@@ -149,13 +179,6 @@ def compile_graph(
     return compile_by_base(module, inputs, options, report, training)
 
 
-def _announce(report: Report, options: Options) -> None:
-    """To whoever asked for it, and to the log."""
-    if options.on_report is not None:
-        options.on_report(report)
-    log_report(report)
-
-
 def is_training(example_inputs: Sequence[Any]) -> bool:
     """The base compiler will differentiate a graph with these inputs."""
     return torch.is_grad_enabled() and any(
@@ -169,15 +192,3 @@ def check_devices(group: dist.ProcessGroup | None, example_inputs: Sequence[Any]
         for value in example_inputs:
             if isinstance(value, Tensor) and value.dim() > 0:
                 check_device(value.device, "The model", group)
-
-
-def _check_strict(report: Report, options: Options) -> None:
-    """Raises `NothingMatched` under ``strict``."""
-    if options.strict and (report.missed or not report.regions):
-        found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
-        raise NothingMatched(
-            f"strict=True: {len(report.regions)} MoE layers were rewritten, but not every "
-            f"candidate was: {found or 'the graph selects no experts'}. Use "
-            "moe_fx.explain(model, *args) to see each candidate, or strict=False to run what did "
-            "not match as it is."
-        )

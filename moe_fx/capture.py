@@ -17,6 +17,7 @@ from moe_fx.autocast import Regions
 from moe_fx.bodies import note_outside, path_of
 from moe_fx.compat import NoExport, export_functional, is_traceable_wrapper_subclass
 from moe_fx.grad_modes import without_inference_mode
+from moe_fx.naming import name_inputs
 from moe_fx.opaque import hide, restore
 from moe_fx.outline import enters_a_level
 from moe_fx.passes.gathers import merge_gathers
@@ -53,6 +54,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         _write_back(graph_module, mutated)
+    name_inputs(graph_module, module)
     return graph_module
 
 

@@ -5,9 +5,12 @@ Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -15,17 +18,26 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the gradients of its ops
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import compiled_autograd
+from torch._dynamo import compiled_autograd, convert_frame
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.backends.registry import list_backends, lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed as BackendFailed
+from torch._dynamo.exc import (
+    RestartAnalysis,
+    SkipFrame,
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+    Unsupported,
+    UserError,
+)
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
+from torch._logging import trace_structured
 from torch._ops import OpOverload, OpOverloadPacket, _get_dispatch_mode_pre_dispatch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
@@ -39,17 +51,26 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     make_fx,
 )
-from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    compute_unbacked_bindings,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 from torch.fx.node import map_arg
 from torch.library import get_ctx
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.types import py_sym_types
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "BREAKS",
     "DYNAMO_SIGNALS",
     "INFERENCE_MODE",
     "AutocastKey",
+    "BackendFailed",
+    "CaptureAgain",
     "CustomGraphPass",
     "FakeValues",
     "NoExport",
@@ -62,6 +83,9 @@ __all__ = [
     "autocast_off",
     "base_compiler",
     "collective_groups",
+    "compile_id",
+    "compile_options",
+    "cut_by_ddp",
     "data_dependent_size",
     "decomposed",
     "enter_autocast",
@@ -69,6 +93,7 @@ __all__ = [
     "exit_autocast",
     "export_functional",
     "forgetting_new_sizes",
+    "frame_graph",
     "graph_breaks",
     "group_of_ranks",
     "group_store",
@@ -77,8 +102,11 @@ __all__ = [
     "inductor_cuda_graphs",
     "inductor_mode",
     "inductor_passes",
+    "intercept_frames",
     "is_traceable_wrapper_subclass",
     "is_traced",
+    "known_backends",
+    "new_sizes",
     "no_compiled_autograd",
     "no_function_modes",
     "no_transforms",
@@ -86,10 +114,12 @@ __all__ = [
     "real_tensors",
     "reduce_scatter_rows",
     "resolve_group",
+    "resumes",
     "saved_tensor_hooks_active",
     "set_deterministic",
     "statically_known_true",
     "symbols",
+    "trace_artefact",
     "traced",
     "traces_a_body",
     "upper_bound",
@@ -158,6 +188,23 @@ def _described(reason: GraphCompileReason) -> str:
     return f"{said} (at {frame.filename}:{frame.lineno})" if frame else said
 
 
+def compile_id() -> str:
+    """The graph that is being compiled, as torch's logs call it: ``frame/compilation``; "" if
+    none is."""
+    current = CompileContext.current_compile_id()
+    return "" if current is None else str(current)
+
+
+def trace_artefact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Into torch's structured trace (``TORCH_TRACE``, which tlparse reads); ``payload`` is called
+    only if somebody takes one."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+    )
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Checked where ``condition`` is computed, when it is: the host does not wait."""
     torch._assert_async(condition, message)
@@ -178,6 +225,11 @@ def traces_a_body() -> bool:
 def base_compiler(name: str) -> Callable[..., Callable[..., Any]]:
     """The torch.compile backend called ``name``."""
     return lookup_backend(name)
+
+
+def known_backends() -> list[str]:
+    """The names that `base_compiler` takes, but for moe_fx itself."""
+    return [name for name in list_backends(exclude_tags=()) if name != "moe_fx"]
 
 
 def aot_eager_compiler(own: Callable[[GraphModule], None]) -> Callable[..., Callable[..., Any]]:
@@ -228,6 +280,65 @@ def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
 
 DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
 """Exceptions by which what a backend calls asks Dynamo for something: no failures."""
+
+
+BREAKS = (Unsupported, UserError)
+"""Exceptions with which Dynamo gives a frame up: it runs as it is."""
+
+
+class CaptureAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
+    """Raised by a backend: Dynamo is to trace the frame once more, from its start. (The first base
+    is let through by whatever calls the backend, the second makes Dynamo forget its breaks.)"""
+
+
+Frames = Callable[[Any, bool, CodeType, Callable[[], Any]], Any]
+
+
+def intercept_frames(handler: Frames) -> None:
+    """From now on ``handler(backend, fullgraph, code, go_on)`` gives what Dynamo makes of a frame,
+    for whichever backend; ``go_on()`` does what Dynamo would have done."""
+    convert = convert_frame._compile
+    named = inspect.signature(convert)
+
+    @functools.wraps(convert)
+    def _compile(*args: Any, **kwargs: Any) -> Any:
+        given = named.bind(*args, **kwargs).arguments
+
+        def go_on() -> Any:
+            return convert(*args, **{**kwargs, "skip": kwargs.get("skip", 0) + 3})
+
+        return handler(given["compiler_fn"], given["one_graph"], given["code"], go_on)
+
+    convert_frame._compile = _compile
+
+
+def resumes(converted: Any) -> bool:
+    """Whether a frame, as Dynamo converted it, or gave it up, goes on in frames to come."""
+    new = converted.guarded_code
+    return new is None or any(name.startswith("__resume_at") for name in new.code.co_names)
+
+
+def frame_graph(error: BaseException) -> Graph | None:
+    """What had been captured of a frame when Dynamo gave it up."""
+    output = getattr(error, "_torch_dynamo_tracer_output", None)
+    graph = getattr(output, "output_graph_for_cleanup", None)
+    return None if graph is None else graph.graph
+
+
+def compile_options(backend: Any) -> Any:
+    """The ``options`` that torch.compile was given with ``backend``."""
+    return getattr(backend, "kwargs", {}).get("options")
+
+
+def cut_by_ddp(backend: Any) -> Any:
+    """The backend that DDP's optimiser calls for each piece of a graph, if ``backend`` is it."""
+    return getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
+
+
+def new_sizes(value: Any) -> set[Any]:
+    """The numbers that only running gives among ``value``, which may hold tensors, and sizes."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, *py_sym_types))]
+    return set(free_unbacked_symbols(leaves))
 
 
 @contextmanager

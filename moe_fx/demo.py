@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 from torch import Tensor
 
-from moe_fx.errors import MoeFxError
+from moe_fx.errors import ConfigurationError, MoeFxError
+from moe_fx.expert_parameters import likely_experts
 from moe_fx.ops.exchange import bytes_sent
+from moe_fx.options import parse_options
+from moe_fx.order import require_base
 from moe_fx.report import Report
 from moe_fx.shard import expert_parameter_bytes
-from moe_fx.testing import RankPool
-from moe_fx.tiny import tiny_model
+from moe_fx.testing import RankError, RankPool
+from moe_fx.tiny import require_transformers, tiny_model
 
 DEFAULT_MODELS = ("qwen3_moe", "deepseek_v3")
 _STAGE_TIMEOUT = 1200.0
@@ -67,15 +73,19 @@ class Verdict:
 def run_demo(
     models: Sequence[str], ranks: int, new_tokens: int, base: str, console: Console
 ) -> bool:
-    """Run the demo, print its tables, return whether everything was equal."""
-    verdicts = []
+    """Run the demo, print its tables, return whether everything was equal. `MoeFxError`, with one
+    message for all ranks, if it cannot be run like this."""
+    require_transformers()
+    require_base(parse_options({"base": base}).base)
+    verdicts: list[Verdict] = []
     with (
         tempfile.TemporaryDirectory(prefix="moe_fx_demo_") as folder,
         RankPool(ranks) as pool,
         console.status("starting") as status,
     ):
         for name in models:
-            verdict = _run_model(name, Path(folder) / name, pool, new_tokens, base, status.update)
+            path = Path(folder) / str(len(verdicts))  # a name may be any text
+            verdict = _run_model(name, path, pool, new_tokens, base, partial(_say, status))
             verdicts.append(verdict)
             _print(verdict, console)
     passed = all(verdict.passed for verdict in verdicts)
@@ -83,8 +93,17 @@ def run_demo(
     return passed
 
 
+def _say(status: Status, text: str) -> None:
+    status.update(escape(text))
+
+
 def _run_model(
-    name: str, path: Path, pool: RankPool, new_tokens: int, base: str, progress: Any
+    name: str,
+    path: Path,
+    pool: RankPool,
+    new_tokens: int,
+    base: str,
+    progress: Callable[[str], None],
 ) -> Verdict:
     from transformers.utils import logging
 
@@ -92,6 +111,7 @@ def _run_model(
     logging.disable_progress_bar()
     progress(f"{name}: building and saving a small model with seeded weights")
     model = tiny_model(name)
+    _require_even(name, model, pool.world_size)
     model.save_pretrained(path)
     prompts = [_prompt(model.config.vocab_size, rank) for rank in range(pool.world_size)]
     progress(f"{name}: generating {new_tokens} tokens with the original, in this process")
@@ -100,7 +120,12 @@ def _run_model(
         f"{name}: on {pool.world_size} ranks: loading shards, compiling with base {base!r} and "
         f"generating {new_tokens} tokens"
     )
-    outcomes = pool.run(_rank_main, str(path), prompts, new_tokens, base, timeout=_STAGE_TIMEOUT)
+    try:
+        outcomes = pool.run(
+            _rank_main, str(path), prompts, new_tokens, base, timeout=_STAGE_TIMEOUT
+        )
+    except RankError as error:
+        raise MoeFxError(f"{name} on {pool.world_size} ranks: {error.brief}") from error
     differences = []
     for outcome, tokens in zip(outcomes, expected, strict=True):
         with torch.no_grad():
@@ -118,6 +143,17 @@ def _run_model(
     )
 
 
+def _require_even(name: str, model: torch.nn.Module, ranks: int) -> None:
+    """What every rank would refuse is said once, and before they start."""
+    for experts in (slot.tensor.shape[0] for slot in likely_experts(model)):
+        if experts % ranks:
+            fitting = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+            raise ConfigurationError(
+                f"The small {name} of the demo has {experts} experts, which do not divide by "
+                f"{ranks} ranks. Give --ranks with one of {', '.join(fitting)}."
+            )
+
+
 def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, base: str) -> Outcome:
     from torch._inductor import config
     from transformers import AutoModelForCausalLM
@@ -132,7 +168,8 @@ def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, bas
     with sharded_loading(group):
         model = AutoModelForCausalLM.from_pretrained(path)
     reports: list[Report] = []
-    options: dict[str, Any] = {"base": base, "on_report": reports.append}
+    # No lines from a rank between those of the command.
+    options: dict[str, Any] = {"base": base, "on_report": reports.append, "progress": False}
     model.forward = torch.compile(
         model.forward, backend="moe_fx", dynamic=True, fullgraph=True, options=options
     )
@@ -186,9 +223,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _print(verdict: Verdict, console: Console) -> None:
-    table = Table(
-        title=f"{verdict.model} on {len(verdict.outcomes)} ranks, {verdict.seconds:.0f} s"
-    )
+    title = f"{verdict.model} on {len(verdict.outcomes)} ranks, {verdict.seconds:.0f} s"
+    table = Table(title=escape(title))
     for heading in ("rank", "MoE layers", "expert parameters", "rows sent", "tokens"):
         table.add_column(heading)
     for rank, outcome in enumerate(verdict.outcomes):
@@ -203,7 +239,7 @@ def _print(verdict: Verdict, console: Console) -> None:
         )
     console.print(table)
     for reason in dict.fromkeys(r for o in verdict.outcomes for r in o.declined):
-        console.print(f"  declined: {reason}")
+        console.print(f"  declined: {reason}", markup=False)
     equal = "[green]equal[/]" if verdict.tokens_equal else "[red]DIFFERENT[/]"
     console.print(
         f"  tokens against the original: {equal}; largest difference of logits, relative: "

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BadInput", "ConfigurationError", "MoeFxError", "NothingMatched", "RanksDiffer"]
+__all__ = [
+    "BadInput",
+    "ConfigurationError",
+    "DeclinedLayerWarning",
+    "MoeFxError",
+    "NothingMatched",
+    "RanksDiffer",
+]
 
 
 class MoeFxError(RuntimeError):
@@ -23,3 +30,7 @@ class NothingMatched(MoeFxError):
 
 class RanksDiffer(MoeFxError):
     """The ranks of a group compiled different plans, which would hang."""
+
+
+class DeclinedLayerWarning(UserWarning):
+    """A layer runs as it is, although its experts were to be spread over ranks."""

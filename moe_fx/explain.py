@@ -14,10 +14,12 @@ from moe_fx.backend import is_training
 from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.local_tensors import localise
+from moe_fx.naming import name_of
 from moe_fx.net import log_report, net
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
 from moe_fx.report import Report
+from moe_fx.tracing import Seen, captured_in_vain, note_breaks, outside, sees_frames
 
 
 def explain(
@@ -37,19 +39,26 @@ def explain(
     """
     parsed = parse_options(options)
     steps = passes.ANALYSIS if ranks is None else passes.for_ranks(ranks, passes=passes.ANALYSIS)
-    report = Report()
+    report = Report(model=name_of(model))
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         found = Report()
-        with net(found, module, example_inputs, "it looked for MoE layers"):
-            _analyse(module, example_inputs, parsed, found, steps)
+        larger = False
+        with outside():
+            with net(found, module, example_inputs, "it looked for MoE layers"):
+                larger = _analyse(module, example_inputs, parsed, found, steps)
+            if found.bugs or not larger:
+                captured_in_vain(module, found)
+            note_breaks(module, found)
         log_report(found)
         report.extend(found)
         return module.forward
 
     torch._dynamo.reset()
-    torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
+    seen = Seen(silent=True)
+    torch.compile(model, backend=sees_frames(record, seen), dynamic=dynamic)(*args, **kwargs)
     torch._dynamo.reset()
+    report.extend(seen.unsaid)
     return report
 
 
@@ -59,17 +68,18 @@ def _analyse(
     options: Options,
     report: Report,
     steps: tuple[passes.Pass, ...],
-) -> None:
+) -> bool:
+    """Whether a layer was found that needs data-dependent sizes."""
     if not may_select_experts(module):
         report.graphs += 1
-        return
+        return False
     try:
         local = localise(open_bodies(module)[0], example_inputs)
         captured = capture(local.module, local.inputs)
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return
+        return False
     context = passes.Context(
         options=options,
         report=report,
@@ -78,3 +88,4 @@ def _analyse(
     )
     with neutral():
         passes.run(captured, context, steps)
+    return context.holds_new_sizes

@@ -24,6 +24,7 @@ from moe_fx.ambient import neutral
 from moe_fx.ascend.compile import device_pass, lowers
 from moe_fx.backend import check_devices
 from moe_fx.compat import CustomGraphPass
+from moe_fx.costly import warn_of_declined
 from moe_fx.errors import ConfigurationError, NothingMatched
 from moe_fx.net import groups_in, log_report, net
 from moe_fx.options import Options, parse_options
@@ -65,6 +66,7 @@ class MoEPass(CustomGraphPass):
         if self.options.on_report is not None:
             self.options.on_report(report)
         log_report(report)
+        warn_of_declined(module, values, report, self.options)
         if self.options.strict and report.missed:
             found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
             raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
@@ -141,7 +143,7 @@ class MoEPass(CustomGraphPass):
             "moe_fx": __version__,
             "sources": SOURCES,
             "torch": torch.__version__,
-            "options": self.options.model_dump(exclude={"ep_group", "on_report"}),
+            "options": self.options.model_dump(exclude={"ep_group", "on_report", "progress"}),
             "ep_group": _topology(self.options.ep_group),
             "world": _topology(dist.group.WORLD if dist.is_initialized() else None),
         }

@@ -20,13 +20,18 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from moe_fx.compat import DYNAMO_SIGNALS, collective_groups, forgetting_new_sizes
+from moe_fx.compat import (
+    DYNAMO_SIGNALS,
+    collective_groups,
+    forgetting_new_sizes,
+    trace_artefact,
+)
 from moe_fx.errors import BadInput, ConfigurationError, NothingMatched, RanksDiffer
 from moe_fx.passes.selectors import signs
 from moe_fx.region import Declined, source_of
 from moe_fx.report import Report
 
-__all__ = ["VARIABLE", "groups_in", "log_report", "net"]
+__all__ = ["VARIABLE", "groups_in", "log_report", "net", "trace_graph"]
 
 log = logging.getLogger("moe_fx")
 
@@ -57,10 +62,17 @@ def net(report: Report, module: GraphModule, inputs: Sequence[Any], doing: str) 
 
 
 def log_report(report: Report) -> None:
-    """Bugs as errors, with their tracebacks; the report for those who want to know."""
+    """Bugs as errors, with their tracebacks; the report for those who want to know; and torch's
+    trace (``TORCH_TRACE``) gets it whole."""
     for declined in report.bugs:
         log.error("%s (at %s)\n%s", declined.reason, declined.source, declined.bug)
     log.info("%s", report)
+    trace_artefact("moe_fx_report", "json", report.to_json)
+
+
+def trace_graph(name: str, module: GraphModule) -> None:
+    """For torch's trace: the graph, as code with the shapes of its values."""
+    trace_artefact(name, "string", lambda: module.print_readable(print_output=False))
 
 
 def groups_in(module: GraphModule) -> set[str]:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -245,7 +246,7 @@ def main(
     try:
         npu.torchair()
     except ConfigurationError as missing:
-        console.print(str(missing))
+        console.print(str(missing), markup=False)
         raise typer.Exit(2) from None
     reference.register()
     count = ranks or (npu.device().device_count() if device == "npu" else 2)
@@ -255,12 +256,13 @@ def main(
         task = progress.add_task("checking", total=None)
         for each in (*op_checks(device), *model_checks(device, count, names)):
             checks.append(each)
-            progress.update(task, advance=1, description=each.name)
+            progress.update(task, advance=1, description=escape(each.name))
     found = environment(device) | {"ranks": str(count)}
     written = {"environment": found, "checks": [asdict(each) for each in checks]}
     report.write_text(json.dumps(written, indent=2), encoding="utf-8")
     console.print(_table(checks))
-    console.print(f"{found}\nwritten to {report}: please attach it to a bug report.")
+    said = f"{found}\nwritten to {report}: please attach it to a bug report."
+    console.print(said, markup=False)
     raise typer.Exit(1 if any(each.passed is False for each in checks) else 0)
 
 
@@ -268,7 +270,7 @@ def _table(checks: Sequence[Check]) -> Table:
     table = Table("check", "", "detail")
     words = {True: "passed", False: "FAILED", None: "not tried"}
     for each in checks:
-        table.add_row(each.name, words[each.passed], each.detail)
+        table.add_row(escape(each.name), words[each.passed], escape(each.detail))
     return table
 
 

@@ -17,7 +17,10 @@ from pydantic import (
 
 from moe_fx.compat import inductor_mode
 from moe_fx.errors import ConfigurationError
+from moe_fx.groups import as_group
 from moe_fx.plan import PADDED
+from moe_fx.suggest import did_you_mean
+from moe_fx.wrong_options import describe
 
 Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
@@ -32,8 +35,9 @@ ORDERS_LATER = ("inductor",)
 class Options(BaseModel):
     """What the backend and `moe_fx.explain` accept.
 
-    ep_group: the expert-parallel group of a *replicated* program. A *gathered* program
-        (`moe_fx.shard_experts`) brings its own. Without either, MoE layers stay on one device.
+    ep_group: the expert-parallel group of a *replicated* program, or a `DeviceMesh` of one
+        dimension: its group. A *gathered* program (`moe_fx.shard_experts`) brings its own. Without
+        either, MoE layers stay on one device.
     base: the compiler that gets the rewritten graph: "inductor", "npugraph_ex" or "torchair" (both
         of torch_npu: docs/ascend.md), "aot_eager", "eager", or any other registered torch.compile
         backend.
@@ -63,17 +67,29 @@ class Options(BaseModel):
     overlap_memory: how much more memory than in the captured order the results alive at once may
         take for the sake of overlap, as a factor.
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
+    progress: a line for each compiled graph on standard error, if that is a terminal: the layers
+        found, the plan, and the seconds it took; on rank 0 alone. Otherwise the log of moe_fx has
+        it, at level INFO.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+    # Strict: True is no number of chunks and "no" is no bool.
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+    )
 
     ep_group: Any = Field(default=None, repr=False)
     base: str = "inductor"
     mode: str | None = None
     base_options: Mapping[str, Any] = Field(default_factory=dict)
     lower: Lower = "auto"
-    exchange_cores: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    exchange_cores: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, strict=False
+    )
     verify: Verification = "compile"
     strict: bool = False
     strategy: Strategy = "auto"
@@ -83,7 +99,18 @@ class Options(BaseModel):
     overlap: Overlap | Annotated[int, Field(ge=1)] = "auto"
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
+    progress: bool = True
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
+
+    @field_validator("base")
+    @classmethod
+    def _is_another(cls, base: str) -> str:
+        if base == "moe_fx":
+            raise ValueError(
+                "moe_fx would hand its graphs to itself. base is the compiler that gets them, such "
+                "as 'inductor'"
+            )
+        return base
 
     @field_validator("mode")
     @classmethod
@@ -124,12 +151,7 @@ class Options(BaseModel):
                 "is None, and torch.distributed is not initialised: call init_process_group() "
                 "first (dist.group.WORLD is None before), or leave ep_group out to use one device"
             )
-        if isinstance(group, dist.ProcessGroup):
-            return group
-        raise ValueError(
-            "expected a torch.distributed.ProcessGroup that this rank is in, such as "
-            "dist.group.WORLD"
-        )
+        return as_group(group)
 
 
 def parse_options(
@@ -140,8 +162,9 @@ def parse_options(
     """Validated `Options`; raises `ConfigurationError` naming each option that is wrong. mode,
     unknown: what torch.compile gives beside the options."""
     if unknown:
+        close = "".join(did_you_mean(name, Options.model_fields) for name in sorted(unknown))
         raise ConfigurationError(
-            f"moe_fx takes no {', '.join(sorted(unknown))}: only options={{...}} or mode=. "
+            f"moe_fx takes no {', '.join(sorted(unknown))}: only options={{...}} or mode=. {close}"
             f"The options are: {', '.join(Options.model_fields)}; see moe_fx.Options."
         )
     if isinstance(options, Options):
@@ -156,11 +179,8 @@ def parse_options(
     try:
         return Options(**given)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
-            for e in error.errors()
-        )
         known = ", ".join(Options.model_fields)
         raise ConfigurationError(
-            f"moe_fx options are not valid: {wrong}. The options are: {known}; see moe_fx.Options."
+            f"moe_fx options are not valid: {describe(error, Options.model_fields)}. The options "
+            f"are: {known}; see moe_fx.Options."
         ) from None

@@ -22,6 +22,7 @@ from moe_fx.compat import (
     inductor_cuda_graphs,
     inductor_mode,
     inductor_passes,
+    known_backends,
 )
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import Options
@@ -31,6 +32,7 @@ from moe_fx.passes.sum_gradients import sum_gradients
 from moe_fx.plan import ExchangePlan
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
+from moe_fx.suggest import did_you_mean
 
 log = logging.getLogger("moe_fx")
 
@@ -65,6 +67,16 @@ def beside(base_options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
     return {**base_options, **own}
 
 
+def require_base(base: str) -> None:
+    """Raise `ConfigurationError` unless torch.compile has a backend of that name."""
+    if base not in (known := known_backends()):
+        raise ConfigurationError(
+            f"base: torch.compile has no backend {base!r}. {did_you_mean(base, known)}Some that it "
+            "has are inductor, aot_eager and eager; torch._dynamo.list_backends(None) lists them "
+            "all."
+        )
+
+
 def compile_by_base(
     module: GraphModule,
     inputs: Sequence[Any],
@@ -74,7 +86,8 @@ def compile_by_base(
 ) -> Callable[..., Any]:
     """``module``, in which the report's plans were carried out, compiled by ``options.base``. If
     that calls `OrderPass`, gradients become what they should be and exchanges run beside compute.
-    """
+    Raises `ConfigurationError` if there is no such compiler."""
+    require_base(options.base)
     compiler = base_compiler(options.base)
     if options.base != "inductor":
         given = {"options": dict(options.base_options)} if options.base_options else {}

@@ -1,4 +1,5 @@
-"""What recognition finds, as data: a `Region` for a match, a `Declined` for a refusal."""
+"""What is found, as data: a `Region` for a match, a `Declined` for a refusal, a `Break` for what
+Dynamo does not capture."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 def source_of(node: Node) -> str:
     """``file:line`` in the user's model that produced ``node`` ("" if the graph does not say)."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "/torch/" not in frame[0]]
+    own = [frame for frame in frames_of(node) if "/torch/" not in frame[0]]
     if not own:
         return ""
     file, line = own[-1]
     return f"{file}:{line}"
+
+
+def frames_of(node: Node) -> list[tuple[str, str]]:
+    """(file, line) of each call that led to ``node``, the outermost of the graph first."""
+    return _FRAME.findall(node.meta.get("stack_trace") or "")
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ class Region:
         "gathered", "local", or "exchanged" (the graph holds the exchange already; docs/design.md).
     activation: best name of what happens between the expert matmuls, or "custom".
     source: ``file:line`` of the router's selection in the user's model.
+    module: path of the module that holds the layer ("" if that is the model itself, or unknown);
+        weights: paths of the parameters and buffers that the experts' tables are made of.
     input, output: names of the graph nodes that hold the tokens and the combined result.
     verified: the replacement agreed with the original by value (False if verification was off).
     effects: what the proofs saw of each input that the layer reads, those of recognition first.
@@ -205,6 +212,8 @@ class Region:
     effects: tuple[Effect, ...] = field(default=(), compare=False)
     verification: Verification | None = field(default=None, compare=False)
     listing: Listing | None = field(default=None, repr=False, compare=False)
+    module: str = field(default="", compare=False)
+    weights: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,7 @@ class Declined:
     nearest_form: the form whose conditions went furthest before one failed.
     reads_experts: False if nothing behind the selection reads a table of as many experts as it
         selects from (attention to selected tokens, sampling): no MoE layer was missed here.
+    module: path of the module that the node was made in, as in `Region`.
     bug: the traceback, where moe_fx itself failed and left the whole graph as it came; please
         report it. "" for any other reason.
     """
@@ -225,6 +235,38 @@ class Declined:
     nearest_form: str = ""
     reads_experts: bool = True
     bug: str = field(default="", repr=False)
+    module: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo ended a graph, or gave up a whole function.
+
+    reason: Dynamo's. source: ``file:line`` in the user's model.
+    hides: ``file:line`` of each selection of experts that this parts from its experts: such a layer
+        is found only if its experts are recognised without their router.
+    skipped: nothing of the function is compiled, only the functions that it calls.
+    advice: what to change in the program ("" if only Dynamo knows).
+    """
+
+    reason: str
+    source: str
+    hides: tuple[str, ...] = ()
+    skipped: bool = False
+    advice: str = ""
+
+    @property
+    def said(self) -> str:
+        """The reason, and what to do."""
+        what = "nothing of this function is compiled: " if self.skipped else ""
+        return f"{what}{self.reason} {self.advice}".strip()
+
+    @property
+    def text(self) -> str:
+        """With the selections that it parts from their experts."""
+        if not self.hides:
+            return self.said
+        return f"{self.said} This hides the experts that are selected at {' and '.join(self.hides)}"
 
 
 @dataclass(frozen=True)

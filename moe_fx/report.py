@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from moe_fx import report_schema
+from moe_fx.breaks import joined
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Lowered, Region
+from moe_fx.region import Break, Declined, Lowered, Region
 from moe_fx.report_html import page
+from moe_fx.rows import Rows
 
 _WIDTH = 120
+
+
+def _versions() -> dict[str, str]:
+    from moe_fx import __version__
+
+    found = {"moe_fx": __version__, "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    return found
 
 
 @dataclass
@@ -30,7 +42,9 @@ class Report:
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
     lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
     compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
-    compilation beside the layers, and why."""
+    compilation beside the layers, and why. breaks: where Dynamo ended a graph, or gave a function
+    up. model: class or function that was compiled. versions: of moe_fx, torch and, if it is in use,
+    transformers."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -39,6 +53,9 @@ class Report:
     graphs: int = 0
     lowered: list[Lowered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    breaks: list[Break] = field(default_factory=list)
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -49,8 +66,10 @@ class Report:
         self.declined += other.declined
         self.plans += other.plans
         self.graphs += other.graphs
+        self.model = self.model or other.model
         self.lowered += other.lowered
         self.notes += other.notes
+        self.breaks = joined([*self.breaks, *other.breaks])
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
@@ -64,10 +83,41 @@ class Report:
         """The declined candidates that may be MoE layers: what ``strict`` refuses."""
         return [declined for declined in self.declined if declined.reads_experts]
 
+    @property
+    def about(self) -> str:
+        """The model and the versions."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.model}; {versions}" if self.model else versions
+
+    @property
+    def hidden(self) -> list[str]:
+        """Where experts are selected that a graph break hides, and that no layer of this report
+        shows (one whose ids come from outside of its graph may be such a layer)."""
+        hidden = [source for each in self.breaks for source in each.hides]
+        shown = sum(region.router.selection == "lookup" for region in self.regions)
+        return hidden[shown:]
+
+    @property
+    def nothing(self) -> str:
+        """Why nothing was found, neither layers nor candidates; "" if there is something."""
+        if self.regions or self.declined:
+            return ""
+        if not self.graphs:
+            why = "Dynamo captured no graph, so that moe_fx has seen nothing of the model"
+        else:
+            why = "no graph selects experts"
+        if any(each.hides for each in self.breaks):
+            why = "graph breaks part the routers from their experts"
+        elif self.breaks:
+            why += "; what is behind a graph break may not be compiled"
+        return f"No MoE layer found: {why}."
+
     def to_dict(self) -> dict[str, Any]:
         """What `to_json` writes."""
         return {
             "version": report_schema.VERSION,
+            "model": self.model,
+            "versions": self.versions,
             "graphs": self.graphs,
             "regions": [_region_dict(region) for region in self.regions],
             "declined": [asdict(declined) for declined in self.declined],
@@ -75,23 +125,30 @@ class Report:
             "pass_seconds": self.pass_seconds,
             "lowered": [asdict(each) for each in self.lowered],
             "notes": self.notes,
+            "breaks": [asdict(each) for each in self.breaks],
         }
 
     def to_text(self) -> str:
         """One line per region and declined candidate, with whole paths: for messages and logs."""
         lines = [f"MoE layers found: {len(self.regions)}, declined: {len(self.declined)}"]
-        lines += [f"- {_line(region)}\n  at {region.source}" for region in self.regions]
+        lines.append(self.about)
+        lines += [
+            f"- {_line(region)}\n  at {_place(region.module, region.source)}"
+            for region in self.regions
+        ]
         summaries = Counter(plan.summary for plan in self.plans)
         lines += [f"- {count} planned: {summary}" for summary, count in summaries.items()]
         lines += [
-            f"- declined: {d.reason}\n  at node {d.node}, {d.source or 'source unknown'}"
+            f"- declined: {d.reason}\n  at node {d.node}, "
+            + _place(d.module, d.source or "source unknown")
             + (f", nearest form {d.nearest_form}" if d.nearest_form else "")
             + (f"\n{indent(d.bug, '  | ')}" if d.bug else "")
             for d in self.declined
         ]
         lines += [f"- note: {note}" for note in self.notes]
-        if not self.regions and not self.declined:
-            lines.append("no graph selects experts with a top-k")
+        lines += [f"- graph break: {each.text}\n  at {each.source}" for each in self.breaks]
+        if self.nothing:
+            lines.append(self.nothing)
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -110,21 +167,25 @@ class Report:
         """One self-contained HTML page: per region its source, its nodes before and after the
         rewrite and what was verified; per declined candidate the reason and its source. Also
         written to ``path`` if one is given. Source lines are read from the files now."""
-        text = page(self.regions, self.declined, self.plans, self.notes)
+        found = (self.regions, self.declined, self.plans, self.notes, self.breaks)
+        text = page(*found, self.nothing, self.about)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
+        console.print(self.about, markup=False, highlight=False)
         if self.regions:
             console.print(self._regions_table())
         if self.declined:
             console.print(self._declined_table())
         for note in self.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)
-        if not self.regions and not self.declined:
-            console.print("No MoE layer found: no graph selects experts.")
+        if self.breaks:
+            console.print(self._breaks_table())
+        if self.nothing:
+            console.print(self.nothing, markup=False, highlight=False)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH)
@@ -132,29 +193,43 @@ class Report:
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
-    def _regions_table(self) -> Table:
-        table = Table(title=f"MoE layers found: {len(self.regions)}", show_lines=False)
-        for heading in ("experts", "router", "body", "dispatch", "verified", "source"):
-            table.add_column(heading, overflow="fold")
-        for region in self.regions:
+    def _regions_table(self) -> Rows:
+        headings = ("layer", "experts", "router", "body", "dispatch", "plan", "verified", "source")
+        table = Rows(f"MoE layers found: {len(self.regions)}", headings)
+        plans = [plan.summary for plan in self.plans]
+        plans += [""] * (len(self.regions) - len(plans))
+        for region, plan in zip(self.regions, plans, strict=False):
             table.add_row(
+                region.module,
                 f"{region.top_k} of {region.num_experts}, hidden {region.hidden_size}",
                 _router_text(region),
                 region.activation + (" + shared" if region.has_shared_expert else ""),
                 f"{region.form}, {region.program}",
+                plan,
                 _verified_text(region),
                 _short(region.source),
             )
         return table
 
-    def _declined_table(self) -> Table:
+    def _breaks_table(self) -> Rows:
+        headings = ("Dynamo's reason", "hides the experts selected at", "source")
+        table = Rows(f"Graph breaks: {len(self.breaks)}", headings)
+        for each in self.breaks:
+            hides = ", ".join(map(_short, each.hides))
+            table.add_row(each.said, hides, _short(each.source))
+        return table
+
+    def _declined_table(self) -> Rows:
         bugs = f" ({len(self.bugs)} by a bug of moe_fx)" if self.bugs else ""
-        table = Table(title=f"Declined: {len(self.declined)}{bugs}")
-        for heading in ("reason", "node", "nearest form", "source"):
-            table.add_column(heading, overflow="fold")
+        headings = ("reason", "module", "node", "nearest form", "source")
+        table = Rows(f"Declined: {len(self.declined)}{bugs}", headings)
         for declined in self.declined:
             table.add_row(
-                declined.reason, declined.node, declined.nearest_form, _short(declined.source)
+                declined.reason,
+                declined.module,
+                declined.node,
+                declined.nearest_form,
+                _short(declined.source),
             )
         return table
 
@@ -176,6 +251,10 @@ def _line(region: Region) -> str:
         f"{_router_text(region)}; body: {region.activation}; {region.form}, {region.program}; "
         f"verified: {_verified_text(region)}"
     )
+
+
+def _place(module: str, source: str) -> str:
+    return f"{module}, {source}" if module else source
 
 
 def _verified_text(region: Region) -> str:

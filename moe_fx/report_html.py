@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Region, Step
+from moe_fx.region import Break, Declined, Region, Step
 from moe_fx.source_text import Excerpt, Sources, style_sheet
 
 PARTS = ("router", "dispatch", "experts", "combine")
@@ -59,6 +59,9 @@ def page(
     declined: Sequence[Declined],
     plans: Sequence[ExchangePlan],
     notes: Sequence[str],
+    breaks: Sequence[Break],
+    nothing: str,
+    about: str,
 ) -> str:
     """``plans``: one per region, or none."""
     sources = Sources()
@@ -75,6 +78,9 @@ def page(
         layers=list(_alike(regions, plans, sources)),
         declined=[(d, sources.excerpts([d.source], _AROUND_SELECTION)) for d in declined],
         notes=notes,
+        nothing=nothing,
+        about=about,
+        breaks=[(each, sources.excerpts([each.source], _AROUND_SELECTION)) for each in breaks],
         light=Markup(style_sheet("default", ".code")),
         dark=Markup(style_sheet("github-dark", ".code")),
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import BaseModel, Field, create_model
 
 from moe_fx.plan import ExchangePlan
-from moe_fx.region import Declined, Effect, Lowered, Region, Router, Verification
+from moe_fx.region import Break, Declined, Effect, Lowered, Region, Router, Verification
 
 VERSION = 1
 """Grows when a field is taken away or changes its meaning; not when one is added."""
@@ -36,6 +36,8 @@ def _report() -> type[BaseModel]:
     plan = _model(ExchangePlan, host_sync=str)
     types: dict[str, Any] = {
         "version": Literal[1],
+        "model": str,
+        "versions": dict[str, str],
         "graphs": int,
         "regions": list[region],  # type: ignore[valid-type]
         "declined": list[_model(Declined)],  # type: ignore[misc]
@@ -43,6 +45,7 @@ def _report() -> type[BaseModel]:
         "pass_seconds": dict[str, float],
         "lowered": list[_model(Lowered)],  # type: ignore[misc]
         "notes": list[str],
+        "breaks": list[_model(Break)],  # type: ignore[misc]
     }
     return _of_types("Report", types)
 

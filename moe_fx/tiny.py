@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_fx.errors import ConfigurationError
+from moe_fx.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,17 +42,26 @@ _SIZES: dict[str, Any] = {
 }
 
 
+def require_transformers() -> None:
+    """Raise `ConfigurationError`, saying what to install, if transformers cannot be imported."""
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise ConfigurationError(f"transformers cannot be imported: {error}.") from error
+        raise ConfigurationError(
+            "This needs transformers, which is not installed: pip install 'moe-fx[hf]'."
+        ) from None
+
+
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     """The config of a family (``qwen3_moe``, ``deepseek_v3``, …) with small sizes.
 
     Raises `ConfigurationError` for a family transformers does not know.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise ConfigurationError(
-            "This needs transformers, which is not installed: pip install 'moe-fx[hf]'."
-        ) from None
+    require_transformers()
+    from transformers import AutoConfig
+
     try:
         default = AutoConfig.for_model(model_type)
     except ValueError:
@@ -97,5 +106,4 @@ def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTraine
 def _similar(model_type: str) -> str:
     from transformers import CONFIG_MAPPING
 
-    close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()))
-    return f"Did you mean {' or '.join(close)}? " if close else ""
+    return did_you_mean(model_type, CONFIG_MAPPING.keys())

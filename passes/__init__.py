@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import GraphModule
 
+from moe_fx.naming import module_of
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
 from moe_fx.passes.exchanged import Exchanged
 from moe_fx.passes.fuse_router import FuseRouter
+from moe_fx.passes.new_sizes import NewSizes
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
 from moe_fx.passes.plan_for_ranks import PlanForRanks
@@ -28,6 +32,7 @@ ANALYSIS: tuple[Pass, ...] = (
     Recognise(),
     Plan(),
     Verify(),
+    NewSizes(),
     Describe(),
 )
 TRANSFORMATION: tuple[Pass, ...] = (FuseRouter(), Rewrite(), Overlap())
@@ -69,4 +74,9 @@ def run(module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELI
     context.report.regions += context.regions
     context.report.plans += context.plans
     context.report.graphs += 1
+    made_in = {node.name: module_of(node) for node in module.graph.nodes}
+    context.report.declined = [
+        replace(each, module=each.module or made_in.get(each.node, ""))
+        for each in context.report.declined
+    ]
     return current if context.regions else module

@@ -43,6 +43,7 @@ class Context:
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.
     stand_ins: filled by unexchange; the rewrite drops those that no region came of.
+    holds_new_sizes: set by new_sizes: an op with a data-dependent size stands within a region.
     exchange_groups: those of dispatchers in the graph, whose ranks must agree whatever is made of
         them.
     """
@@ -58,6 +59,7 @@ class Context:
     origin: dict[Node, Node] = field(default_factory=dict)
     claimed: set[Node] = field(default_factory=set)
     stand_ins: list[StandIn] = field(default_factory=list)
+    holds_new_sizes: bool = False
     exchange_groups: set[str] = field(default_factory=set)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moe_fx.naming import common_module, parameter_names
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.extract import extract_region
 from moe_fx.passes.roles import PairWeights, value
@@ -45,10 +46,20 @@ class Describe(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         position = {node: at for at, node in enumerate(module.graph.nodes)}
         context.regions = [
-            replace(region, listing=listing(region, plan, position.__getitem__))
+            replace(
+                region,
+                listing=listing(region, plan, position.__getitem__),
+                module=_module(region),
+                weights=parameter_names(getattr(region.parts, "tables", ())),
+            )
             for region, plan in zip(context.regions, context.plans, strict=True)
         ]
         return PassResult(module, changed=False)
+
+
+def _module(region: Region) -> str:
+    parts = region.parts
+    return common_module([parts.select, *(parts.captured or [parts.combined])])
 
 
 def listing(region: Region, plan: ExchangePlan, position: Callable[[Node], int]) -> Listing:

@@ -224,13 +224,17 @@ def _furthest(refusals: list[Refusal], selection: Selection, of: dict[Node, Role
     return best
 
 
+LEAVES = "leave the graph"
+"""In the reason of a refusal: the rest of the layer, if it is one, is not in this graph."""
+
+
 def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
     """What of the layer is given to the graph's caller, and why; "" if nothing is."""
     given = output.all_input_nodes
     if any(isinstance(of.get(node), (Rows, RowTable, Grouped)) for node in given):
-        left = "rows on their way to experts and back leave the graph"
+        left = f"rows on their way to experts and back {LEAVES}"
     elif any(is_integer(node) and _is_selected(node, selection) for node in given):
-        left = "the selected indices never bring tokens to experts here: they leave the graph"
+        left = f"the selected indices never bring tokens to experts here: they {LEAVES}"
     else:
         return ""
     where = output.meta.get("graph_break")

@@ -102,14 +102,14 @@ def signs(module: GraphModule, *, certain: bool = False) -> Iterator[Node]:
         if isinstance(graph_module, GraphModule):
             for node in graph_module.graph.nodes:
                 if node.op in ("call_function", "call_method") and (
-                    _op_name(node) in names
+                    op_name(node) in names
                     or _gathers_matrices(node)
                     or (not certain and _compares(node))
                 ):
                     yield node
 
 
-def _op_name(node: Node) -> str:
+def op_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
@@ -123,7 +123,7 @@ def _example(node: Any) -> Any:
 
 def _gathers_matrices(node: Node) -> bool:
     """``weight[ids]`` of a weight with a matrix per expert."""
-    if _op_name(node) not in ("getitem", "index", "index_select", "embedding"):
+    if op_name(node) not in ("getitem", "index", "index_select", "embedding"):
         return False
     table = _example(node.args[0])
     if not isinstance(table, Tensor) or table.dim() < 3:
@@ -134,12 +134,12 @@ def _gathers_matrices(node: Node) -> bool:
 
 def _compares(node: Node) -> bool:
     """``ids == 1`` of integers ``ids`` that are compared with 0 as well."""
-    if _op_name(node) not in _EQUALS or len(node.args) < 2 or type(node.args[1]) is not int:
+    if op_name(node) not in _EQUALS or len(node.args) < 2 or type(node.args[1]) is not int:
         return False
     ids = node.args[0]
     if node.args[1] != 1 or not _is_node(ids) or not isinstance(_example(ids), Tensor):
         return False
     return any(
-        _op_name(user) in _EQUALS and user.args[0] is ids and user.args[1] == 0
+        op_name(user) in _EQUALS and user.args[0] is ids and user.args[1] == 0
         for user in ids.users  # type: ignore[union-attr]
     )

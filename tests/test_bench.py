@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import xml.etree.ElementTree as ET
@@ -19,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-import moe_fx.cli
+import moe_fx_cli
 from moe_fx.errors import MoeFxError
 from moe_fx.testing import RankPool
 from tests.bench import layers, netlab, overlap, ranks, results, timeline, variants
@@ -267,7 +268,7 @@ def test_picture_is_valid(tmp_path: Path) -> None:
 
 
 def run_command(*arguments: str) -> tuple[int, str]:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(moe_fx.cli.app, ["bench", *arguments])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(moe_fx_cli.app, ["bench", *arguments])
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -306,16 +307,34 @@ def test_selection() -> None:
     assert (some.layers, some.backward, some.rounds) == (["mixtral"], (True,), 1)
 
 
+def test_it_says_beforehand_how_long_it_will_take() -> None:
+    quick = overlap.announcement(overlap.select(quick=True))
+    assert quick.startswith("1 point, ")
+    assert re.search(r"3 rounds: about [2-9] minutes; on a busy machine, twice that", quick)
+    everything = overlap.announcement(overlap.select())
+    assert re.search(r"^48 points, .*7 rounds: about [2-9]\.\d hours", everything)
+
+
+def test_a_machine_that_cannot_have_the_network_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise netlab.Unavailable("needs root [sudo]")
+
+    monkeypatch.setattr(overlap, "Network", refuse)
+    assert run_command("--quick") == (0, "skipped: needs root [sudo]")
+
+
 def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(moe_fx.cli, "__file__", str(tmp_path / "moe_fx" / "cli.py"))
+    monkeypatch.setattr(moe_fx_cli, "__file__", str(tmp_path / "moe_fx_cli" / "__init__.py"))
     with pytest.raises(MoeFxError, match=r"Clone the project, `pip install -e '\.\[hf\]'`"):
-        moe_fx.cli._from_checkout("tests.bench.overlap")
+        moe_fx_cli._from_checkout("tests.bench.overlap")
 
 
 def test_the_checkout_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = str(Path(moe_fx.cli.__file__).resolve().parents[1])
+    root = str(Path(moe_fx_cli.__file__).resolve().parents[2])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", root)])
-    assert moe_fx.cli._from_checkout("tests.bench.overlap") is overlap
+    assert moe_fx_cli._from_checkout("tests.bench.overlap") is overlap
     assert root in sys.path
 
 

@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 import moe_fx
 from moe_fx.backend import check_devices
-from moe_fx.options import parse_options
 from moe_fx.supported import require_supported_torch
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block
@@ -73,21 +72,6 @@ def test_strict_with_a_declined_candidate_names_reason_and_line() -> None:
         compiled(torch.randn(5, 9))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"verfy": "off"}, "verfy: Extra inputs are not permitted"),
-        ({"verify": "sometimes"}, "verify: Input should be 'off', 'compile' or 'always'"),
-        ({"ep_group": None}, "init_process_group"),
-        ({"ep_group": "WORLD"}, "expected a torch.distributed.ProcessGroup"),
-        ({"agree_timeout": 0}, "agree_timeout: Input should be greater than 0"),
-    ],
-)
-def test_wrong_options_are_named(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(moe_fx.ConfigurationError, match=re.escape(said)):
-        parse_options(options)
-
-
 @pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cu130"])
 def test_unsupported_torch_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=f"torch {re.escape(version)} is installed"):
@@ -107,6 +91,12 @@ def test_an_option_of_the_base_compiler_that_moe_fx_sets_itself(
     for message in ranks2.run(compile_error, 8, options):
         assert f"moe_fx sets {name} itself" in message
         assert "Leave them out" in message
+
+
+def test_a_base_compiler_that_does_not_exist() -> None:
+    compiled = torch.compile(torch.nn.Linear(4, 4), backend="moe_fx", options={"base": "aot_eagre"})
+    with pytest.raises(Exception, match=r"no backend 'aot_eagre'\. Did you mean aot_eager"):
+        compiled(torch.ones(1, 4))
 
 
 def test_a_base_compiler_gets_its_options() -> None:

@@ -219,6 +219,13 @@ def test_layers_that_are_alike_are_shown_once(page: str) -> None:
     assert page.count("<article") == 2  # and the one declined
 
 
+def test_every_row_links_to_its_details(page: str) -> None:
+    targets = re.findall(r'href="#([^"]+)"', page)
+    assert targets == ["layer-1", "declined-1"]
+    for target in targets:
+        assert page.count(f'<article id="{target}">') == 1
+
+
 def test_a_declined_candidate_is_shown_with_its_source(page: str) -> None:
     declined = page[page.index("<h2>Declined</h2>") :]
     assert "the selection takes the lowest scores" in declined
@@ -291,7 +298,7 @@ def test_what_is_missing_is_left_out(change: Callable[[Region], Region]) -> None
 
 
 def test_an_empty_report_is_a_page_too() -> None:
-    assert "no graph selects experts with a top-k" in Report().to_html()
+    assert "no graph selects experts" in Report(graphs=1).to_html()
 
 
 def test_files_are_written(found: Report, page: str, tmp_path: Path) -> None:

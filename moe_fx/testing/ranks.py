@@ -57,19 +57,34 @@ class RankError(MoeFxError):
     """At least one rank did not return a result.
 
     failed: each failing rank's traceback. silent: where each rank stood that had not answered (as a
-    rule it waits in a collective for one that failed).
+    rule it waits in a collective for one that failed). on_purpose: of the failing ranks, what those
+    said that failed by an error which moe_fx raises on purpose.
     """
 
-    def __init__(self, summary: str, failed: dict[int, str], silent: dict[int, str]) -> None:
-        super().__init__(summary, failed, silent)
+    def __init__(
+        self,
+        summary: str,
+        failed: dict[int, str],
+        silent: dict[int, str],
+        on_purpose: dict[int, str],
+    ) -> None:
+        super().__init__(summary, failed, silent, on_purpose)
         self.summary = summary
         self.failed = failed
         self.silent = silent
+        self.on_purpose = on_purpose
+
+    @property
+    def brief(self) -> str:
+        """For users: what was raised on purpose, said once, without tracebacks; otherwise all."""
+        if not self.on_purpose:
+            return str(self)
+        return "\n".join(f"{text} (on {who})" for who, text in _alike(self.on_purpose))
 
     def __str__(self) -> str:
         parts = [self.summary]
-        parts += [f"rank {rank} failed:\n{text}" for rank, text in sorted(self.failed.items())]
-        parts += [f"rank {rank} stood at:\n{text}" for rank, text in sorted(self.silent.items())]
+        parts += [f"{who} failed:\n{text}" for who, text in _alike(self.failed)]
+        parts += [f"{who} stood at:\n{text}" for who, text in _alike(self.silent)]
         return "\n\n".join(part.rstrip() for part in parts)
 
 
@@ -160,6 +175,7 @@ class RankPool:
         """Every rank's packed answer, or `RankError`."""
         answers: dict[int, bytes] = {}
         failed: dict[int, str] = {}
+        on_purpose: dict[int, str] = {}
         silent = set(range(self.world_size))
         deadline = time.monotonic() + timeout
         while silent:
@@ -170,15 +186,18 @@ class RankPool:
             for connection in ready:
                 index = waiting[connection]
                 silent.remove(index)
-                answer, error = self._ranks[index].receive()
-                if error:
-                    failed[index] = error
+                answer = self._ranks[index].receive()
+                if answer.error:
+                    failed[index] = answer.error
                     deadline = min(deadline, time.monotonic() + _GRACE)
                 else:
-                    answers[index] = answer
+                    answers[index] = answer.packed
+                if answer.on_purpose:
+                    on_purpose[index] = answer.on_purpose
         if failed or silent:
             summary = _summary(sorted(failed), sorted(silent), self.world_size, timeout)
-            raise RankError(summary, failed, {i: self._ranks[i].stacks() for i in sorted(silent)})
+            stacks = {index: self._ranks[index].stacks() for index in sorted(silent)}
+            raise RankError(summary, failed, stacks, on_purpose)
         return [answers[index] for index in range(self.world_size)]
 
 
@@ -195,6 +214,16 @@ def run_ranks(
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """packed: the result, if ``error`` is "", else the traceback. on_purpose: what the error says,
+    if it is one that moe_fx raises on purpose."""
+
+    packed: bytes = b""
+    error: str = ""
+    on_purpose: str = ""
+
+
+@dataclass(frozen=True)
 class _Rank:
     """The caller's side of a rank. ``stack_file`` receives its stacks on SIGUSR1 or a crash."""
 
@@ -206,13 +235,13 @@ class _Rank:
         with contextlib.suppress(OSError):  # it has died: `receive` will say so
             self.connection.send_bytes(request)
 
-    def receive(self) -> tuple[bytes, str]:
-        """(packed result, "") or (b"", what went wrong)."""
+    def receive(self) -> _Answer:
         try:
-            answer: tuple[bytes, str] = self.connection.recv()
+            answer: _Answer = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return b"", f"the process died, exit code {self.process.exitcode}\n{self._written()}"
+            died = f"the process died, exit code {self.process.exitcode}\n{self._written()}"
+            return _Answer(error=died)
         return answer
 
     def stacks(self) -> str:
@@ -267,12 +296,13 @@ def _perform(index: int, request: bytes, stacks: IO[str]) -> Any:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _attempt(call: Callable[..., Any], *args: Any) -> tuple[bytes, str]:
-    """(packed result, "") or (b"", traceback)."""
+def _attempt(call: Callable[..., Any], *args: Any) -> _Answer:
     try:
-        return pack(call(*args)), ""
-    except Exception:
-        return b"", traceback.format_exc()
+        return _Answer(pack(call(*args)))
+    except Exception as error:
+        meant = getattr(error, "inner_exception", error)  # torch.compile wraps what backends raise
+        said = str(meant) if isinstance(meant, MoeFxError) else ""
+        return _Answer(error=traceback.format_exc(), on_purpose=said)
 
 
 def pack(value: Any) -> bytes:
@@ -284,6 +314,17 @@ def pack(value: Any) -> bytes:
 
 def _unpack(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _alike(texts: dict[int, str]) -> list[tuple[str, str]]:
+    """(which ranks, their text), a text that several have once."""
+    having: dict[str, list[int]] = {}
+    for rank, text in sorted(texts.items()):
+        having.setdefault(text, []).append(rank)
+    return [
+        (f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}", text)
+        for text, ranks in having.items()
+    ]
 
 
 def _summary(failed: list[int], silent: list[int], world_size: int, timeout: float) -> str:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from moe_fx.errors import MoeFxError
 from tests.bench import layers, ranks, timeline, variants
@@ -38,6 +46,12 @@ _PROBE_WIDTHS = (512, 1536)
 _PREPARE_TIMEOUT = 900.0
 _STEP_TIMEOUT = 180.0
 
+# What a run takes, on two cores.
+_START_SECONDS, _PROBE_SECONDS = 30.0, 20.0
+_COMPILE_SECONDS = 4.0
+"""Of a program, checked, for each point: points of the same width share programs."""
+_STEP_SECONDS, _TRAINING_STEP_SECONDS = 0.8, 1.5
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -55,6 +69,17 @@ class Selection:
     @property
     def num_points(self) -> int:
         return len(self.layers) * len(self.ratios) * len(self.routings) * len(self.backward)
+
+    @property
+    def expected_seconds(self) -> float:
+        """Rather too much than too little, from the runs in docs/overlap.md."""
+        total = _START_SECONDS + _PROBE_SECONDS * len(self.layers)
+        for backward in self.backward:
+            a_point = len(self.programs) * _COMPILE_SECONDS
+            steps = self.rounds * (len(self.programs) + len(_PIECES))
+            a_point += steps * (_TRAINING_STEP_SECONDS if backward else _STEP_SECONDS)
+            total += self.num_points / len(self.backward) * a_point
+        return total
 
 
 def select(
@@ -108,20 +133,35 @@ def failures(points: Sequence[Point]) -> list[str]:
 
 
 def run(selection: Selection, console: Console, json: Path | None = None) -> list[Point] | None:
-    """Measure, print, write. None if this machine cannot have the network: a message says why."""
+    """Say how long it will take, measure, print, write. None if this machine cannot have the
+    network: a message says why."""
     try:
-        with (
-            Network(hosts=2, rate=RATE) as network,
-            Hosts(network) as hosts,
-            _Bench(network, hosts, selection, console) as bench,
-        ):
-            points = bench.run(json)
+        with Network(hosts=2, rate=RATE) as network:
+            console.print(announcement(selection), highlight=False)
+            with Hosts(network) as hosts, _Bench(network, hosts, selection, console) as bench:
+                points = bench.run(json)
     except Unavailable as reason:
-        console.print(f"[yellow]skipped:[/] {reason}")
+        console.print(f"[yellow]skipped:[/] {escape(str(reason))}")
         return None
     if len(points) > 1:
         summarise(points, console)
     return points
+
+
+def announcement(selection: Selection) -> str:
+    points, programs = selection.num_points, len(selection.programs)
+    return (
+        f"{points} point{'s' * (points > 1)}, {programs} programs, {selection.rounds} "
+        f"round{'s' * (selection.rounds > 1)}: about {_duration(selection.expected_seconds)}; on a "
+        "busy machine, twice that."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    if minutes < 90:
+        return f"{minutes} minute{'s' * (minutes > 1)}"
+    return f"{seconds / 3600:.1f} hours"
 
 
 class _Bench:
@@ -131,10 +171,12 @@ class _Bench:
         self.network, self.hosts, self.selection, self.console = network, hosts, selection, console
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -300,7 +342,8 @@ class _Bench:
                 runs.append(timeline.Run(variants.TITLES[name], seen))
         timeline.write_trace(runs, path)
         timeline.write_svg(runs, path.with_suffix(".svg"), point.title)
-        self.console.print(f"trace: {path}, picture: {path.with_suffix('.svg')}")
+        where = f"trace: {path}, picture: {path.with_suffix('.svg')}"
+        self.console.print(where, markup=False)
 
 
 class _Lost(Exception):
@@ -317,6 +360,6 @@ def rate_of(ratio: float) -> float:
 if __name__ == "__main__":
     import sys
 
-    from moe_fx.cli import app
+    from moe_fx_cli import app
 
     app(["bench", *sys.argv[1:]])
