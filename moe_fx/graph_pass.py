@@ -18,7 +18,6 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 import moe_fx.passes as passes
-from moe_fx import __version__
 from moe_fx.agree import describe, ensure
 from moe_fx.ambient import neutral
 from moe_fx.ascend.compile import device_pass, lowers
@@ -32,6 +31,7 @@ from moe_fx.passes.overlap import overlap
 from moe_fx.passes.splice import splice
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
+from moe_fx.version import __version__
 
 
 class MoEPass(CustomGraphPass):
