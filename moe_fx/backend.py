@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ambient import neutral
-from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import in_compiled_autograd
+from moe_fx.devices import device_for
 from moe_fx.errors import NothingMatched
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
@@ -56,10 +56,11 @@ def moe_fx_backend(
         with net(report, module, example_inputs, "it looked for MoE layers"):
             local, rewritten = rewrite(module, example_inputs, parsed, report, groups)
         _check_strict(report, parsed)
-        if rewritten is not module or lowers(parsed, example_inputs):
+        device = device_for(parsed, local.inputs)
+        if rewritten is not module or device.lowers:
             doing = f"{parsed.base} compiled what it made of a graph"
             with net(report, module, example_inputs, doing):
-                result = compile_graph(rewritten, local.inputs, parsed, report, training)
+                result = device.compile(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
             _check_strict(report, parsed)
         if compiled is None:
@@ -112,7 +113,7 @@ def rewrite(
         report.declined.append(obstacle.declined)
         report.graphs += 1
         return untouched, module
-    lowered = lowers(options, local.inputs)
+    device = device_for(options, local.inputs)
     context = passes.Context(
         options=options,
         report=report,
@@ -120,9 +121,9 @@ def rewrite(
         training=is_training(local.inputs),
         measures=True,
         exchange_groups=groups,
-        fuses_routers=lowered,
+        device=device,
     )
-    later = options.base in ORDERS_LATER or lowered
+    later = options.base in ORDERS_LATER or device.lowers
     with neutral():
         result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
@@ -134,19 +135,6 @@ def rewrite(
                 passes.Overlap()(graph, context)
     switch_off(result)
     return local, result
-
-
-def compile_graph(
-    module: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    report: Report,
-    training: bool,
-) -> Callable[..., Any]:
-    """``module`` compiled by ``options.base``, for the device where that takes a lowering."""
-    if lowers(options, inputs):
-        return compile_lowered(module, inputs, options, report)
-    return compile_by_base(module, inputs, options, report, training)
 
 
 def _announce(report: Report, options: Options) -> None:
