@@ -10,8 +10,7 @@ import sys
 import torch
 
 from moe_fx.supported import require_supported_torch
-
-__version__ = "0.1.0"
+from moe_fx.version import __version__
 
 require_supported_torch(torch.__version__)
 
@@ -60,6 +59,7 @@ __all__ = [
     "Report",
     "Router",
     "Verification",
+    "__version__",
     "expert_parameter_bytes",
     "explain",
     "inductor_runtime_estimation",

@@ -14,11 +14,11 @@ import moe_fx.passes as passes
 from moe_fx.agree import agree_once
 from moe_fx.ambient import neutral
 from moe_fx.announce import Announcement
-from moe_fx.ascend.compile import compile_lowered, lowers
 from moe_fx.autocast import switch_off
 from moe_fx.bodies import close_bodies, open_bodies
 from moe_fx.capture import NotFunctional, capture
 from moe_fx.compat import in_compiled_autograd
+from moe_fx.devices import device_for
 from moe_fx.groups import check_device
 from moe_fx.local_tensors import Localised, localise
 from moe_fx.net import groups_in, net, trace_graph
@@ -82,10 +82,11 @@ def _compile(
             refuse_missed(report)
             if whole is not None:
                 refuse_model(whole)
-        if rewritten is not module or lowers(parsed, example_inputs):
+        device = device_for(parsed, local.inputs)
+        if rewritten is not module or device.lowers:
             doing = f"{parsed.base} compiled what it made of a graph"
             with net(report, module, example_inputs, doing), said.base_compiles():
-                result = compile_graph(rewritten, local.inputs, parsed, report, training)
+                result = device.compile(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
             if parsed.strict:
                 refuse_missed(report)
@@ -141,7 +142,7 @@ def rewrite(
         report.graphs += 1
         return untouched, module, False
     trace_graph("moe_fx_graph_before", captured)
-    lowered = lowers(options, local.inputs)
+    device = device_for(options, local.inputs)
     context = passes.Context(
         options=options,
         report=report,
@@ -149,9 +150,9 @@ def rewrite(
         training=is_training(local.inputs),
         measures=True,
         exchange_groups=groups,
-        fuses_routers=lowered,
+        device=device,
     )
-    later = options.base in ORDERS_LATER or lowered
+    later = options.base in ORDERS_LATER or device.lowers
     with neutral():
         result = passes.run(captured, context, passes.pipeline(later or bool(bodies)))
     if result is captured:
@@ -164,19 +165,6 @@ def rewrite(
     switch_off(result)
     trace_graph("moe_fx_graph_after", result)
     return local, result, context.holds_new_sizes
-
-
-def compile_graph(
-    module: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    report: Report,
-    training: bool,
-) -> Callable[..., Any]:
-    """``module`` compiled by ``options.base``, for the device where that takes a lowering."""
-    if lowers(options, inputs):
-        return compile_lowered(module, inputs, options, report)
-    return compile_by_base(module, inputs, options, report, training)
 
 
 def is_training(example_inputs: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ from moe_fx.ambient import neutral
 from moe_fx.backend import is_training
 from moe_fx.bodies import open_bodies
 from moe_fx.capture import NotFunctional, capture
+from moe_fx.devices import device_for
 from moe_fx.local_tensors import localise
 from moe_fx.naming import name_of
 from moe_fx.net import log_report, net
@@ -85,6 +86,7 @@ def _analyse(
         report=report,
         group=options.ep_group,
         training=is_training(local.inputs),
+        device=device_for(options, local.inputs),
     )
     with neutral():
         passes.run(captured, context, steps)

@@ -18,13 +18,13 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 import moe_fx.passes as passes
-from moe_fx import __version__
 from moe_fx.agree import describe, ensure
 from moe_fx.ambient import neutral
-from moe_fx.ascend.compile import device_pass, lowers
 from moe_fx.backend import check_devices
 from moe_fx.compat import CustomGraphPass
 from moe_fx.costly import warn_of_declined
+from moe_fx.devices import device_for
+from moe_fx.devices.plain import Plain
 from moe_fx.errors import ConfigurationError, NothingMatched
 from moe_fx.net import groups_in, log_report, net
 from moe_fx.options import Options, parse_options
@@ -33,6 +33,7 @@ from moe_fx.passes.overlap import overlap
 from moe_fx.passes.splice import splice
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
+from moe_fx.version import __version__
 
 
 class MoEPass(CustomGraphPass):
@@ -79,11 +80,12 @@ class MoEPass(CustomGraphPass):
         self, module: GraphModule, values: Sequence[Any], report: Report, config: Any
     ) -> None:
         """In place, once it has been done to a copy: what fails leaves the graph as it was."""
+        device = device_for(self.options, values)
         context = passes.Context(
             options=self.options,
             report=report,
             group=self.options.ep_group,
-            fuses_routers=lowers(self.options, values),
+            device=device,
         )
         with neutral():
             result = passes.run(module, context, passes.pipeline(ordered_later=True))
@@ -93,21 +95,22 @@ class MoEPass(CustomGraphPass):
         copy = copy_graph(module)
         copied = dict(zip(module.graph.nodes, copy.graph.nodes, strict=True))
         in_copy = {node: copied[old] for node, old in context.origin.items()}
-        self._put(copy, result, in_copy, values, replace(report, lowered=[]), config)
-        self._put(module, result, context.origin, values, report, config)
+        self._put(copy, result, in_copy, device, replace(report, lowered=[]), config)
+        self._put(module, result, context.origin, device, report, config)
 
     def _put(
         self,
         module: GraphModule,
         result: GraphModule,
         origin: dict[Node, Node],
-        values: Sequence[Any],
+        device: Plain,
         report: Report,
         config: Any,
     ) -> None:
         splice(module.graph, result, origin)
-        if lowers(self.options, values):
-            self._lower(module, report, config)
+        if device.lowers:
+            self._check_capture(report, config)
+            device.lower(module, self.options, report)
         elif self.options.overlap != "off":
             overlap(module.graph, self.options.overlap_memory, pinned=True)
 
@@ -119,7 +122,8 @@ class MoEPass(CustomGraphPass):
         for name in sorted(groups):
             ensure(name, describe([], training=False), self.options.agree_timeout)
 
-    def _lower(self, module: GraphModule, report: Report, config: Any) -> None:
+    def _check_capture(self, report: Report, config: Any) -> None:
+        """What npugraph_ex captures must not wait for the host."""
         sync = next((plan.capture for plan in report.plans if plan.host_sync), "")
         captures = self.options.base == "npugraph_ex" and not getattr(config, "force_eager", False)
         if sync and captures:
@@ -128,7 +132,6 @@ class MoEPass(CustomGraphPass):
                 "'allgather' (each rank with the same number of tokens), or npugraph_ex's option "
                 "force_eager=True."
             )
-        device_pass(self.options, report)(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoEPass:
         """Itself: compilers copy their configuration, but a process group cannot be copied, and the

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-
-from moe_fx import passes
 
 __all__ = ["SOURCES", "digest_of_sources"]
 
@@ -24,5 +23,12 @@ def digest_of_sources(folders: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def _folder(package: str) -> Path:
+    """Where ``package`` is, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
 # `moe_fx.passes` first: a wheel has it inside `moe_fx`, an editable installation has not.
-SOURCES = digest_of_sources(Path(p[0]) for p in (passes.__path__, [str(Path(__file__).parent)]))
+SOURCES = digest_of_sources(_folder(name) for name in ("moe_fx.passes", "moe_fx"))

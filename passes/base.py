@@ -10,6 +10,7 @@ from typing import final
 import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
+from moe_fx.device import Device
 from moe_fx.options import Options
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Region
@@ -38,7 +39,7 @@ class Context:
     training: the graph will be differentiated.
     measures: all ranks run the passes on this graph now, so that they may measure and decide
         together.
-    fuses_routers: the device has an op that scores and selects.
+    device: what the graph is for.
     regions: filled by recognise, thinned by verify; plans: one per region, filled by plan.
     origin: filled by normalise; node of the normalised copy -> the captured node of equal value.
     claimed: selections that need no further look: their region exchanges tokens itself.
@@ -53,7 +54,7 @@ class Context:
     group: dist.ProcessGroup | None = None
     training: bool = False
     measures: bool = False
-    fuses_routers: bool = False
+    device: Device = field(default_factory=Device)
     regions: list[Region] = field(default_factory=list)
     plans: list[ExchangePlan] = field(default_factory=list)
     origin: dict[Node, Node] = field(default_factory=dict)

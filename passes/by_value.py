@@ -54,6 +54,7 @@ from moe_fx.passes.roles import (
     value,
 )
 from moe_fx.passes.row_layout import RowLayout
+from moe_fx.passes.samples import Ids, Weighing
 from moe_fx.passes.selected_ids import ids_of, selections, some_experts
 from moe_fx.passes.selection import select
 from moe_fx.passes.shared_ids import shared_by_rows
@@ -66,7 +67,7 @@ from moe_fx.passes.surroundings import (
 )
 from moe_fx.passes.trials import Trials
 from moe_fx.passes.typical import kind_of
-from moe_fx.passes.weighing import Ids, Proof, Weighing
+from moe_fx.passes.weighing import Proof
 from moe_fx.region import Effect
 
 aten = torch.ops.aten

@@ -35,7 +35,7 @@ _EPS = 1e-20
 
 class FuseRouter(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        if not context.fuses_routers or context.training:
+        if not context.device.fuses_routers or context.training:
             return PassResult(module, changed=False)
         changed = False
         for at, region in enumerate(context.regions):

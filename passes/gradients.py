@@ -24,8 +24,6 @@ aten = torch.ops.aten
 
 _BUDGET_BYTES = 1 << 26
 """Of dense gradients, on all ranks together. What exceeds it gets none."""
-_SMALL = 1e-3
-"""A gradient this much smaller than the largest may be all rounding."""
 
 Run = Callable[[Sequence[Sequence[Any]]], list[Any]]
 """Inputs by rank -> outputs by rank, each a sequence of one tensor."""
@@ -99,22 +97,6 @@ def _is_floating(value: Any) -> bool:
 def _cotangent(out: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(out.shape, generator=generator).to(out.dtype)
-
-
-def relative_errors(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:
-    """The largest difference of each gradient, relative to its largest entry, or to a fraction of
-    the largest of all where that is more."""
-    sizes = [_largest(gradient) for gradient in expected]
-    floor = max(_SMALL * max(sizes, default=0.0), 1e-30)
-    errors = []
-    for left, right, size in zip(expected, found, sizes, strict=True):
-        error = _largest(left.double() - right.double()) / max(size, floor)
-        errors.append(error if error == error else float("inf"))
-    return errors
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def gradient_cuts(alone: Extract, region: Region) -> frozenset[str] | None:

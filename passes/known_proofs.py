@@ -10,8 +10,9 @@ from torch.fx import Node
 from moe_fx.passes.extract import extract, structure
 from moe_fx.passes.layout import Body
 from moe_fx.passes.roles import Refusal
+from moe_fx.passes.samples import Ids, Weighing
 from moe_fx.passes.trials import Trials
-from moe_fx.passes.weighing import Ids, Proof, Weighing, prove
+from moe_fx.passes.weighing import Proof, prove
 
 
 @dataclass(frozen=True)

@@ -15,29 +15,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 
-from moe_fx.ascend.emit import Emit, Unmet
 from moe_fx.compat import FakeValues
+from moe_fx.passes.emit import Emit, Unmet
 from moe_fx.region import Lowered, source_of
 
-Lowering = Callable[[Emit, Node], Any]
+E = TypeVar("E", bound=Emit)
+Lowering = Callable[[E, Node], Any]
+_NOT_THE_DEVICES = ("aten", "prims")
 
 
 def lower(
     graph: Graph,
-    lowerings: Mapping[Any, Lowering],
-    patterns: Mapping[Callable[[Node], bool], Lowering] | None = None,
+    emit: type[E],
+    lowerings: Mapping[Any, Lowering[E]],
+    patterns: Mapping[Callable[[Node], bool], Lowering[E]],
 ) -> list[Lowered]:
-    """Lower ``graph`` in place; what was done. patterns: of nodes known by more than their op."""
+    """Lower ``graph`` in place; what was done. emit: what the lowerings write with. patterns: of
+    nodes known by more than their op."""
     done: list[Lowered] = []
     values = FakeValues(graph)
     for node in list(graph.nodes):
-        lowering = _lowering_of(node, lowerings, patterns or {})
+        lowering = _lowering_of(node, lowerings, patterns)
         if lowering is not None:
-            done.append(_lower(node, lowering, values))
+            done.append(_lower(lowering, emit(graph, values, like=node)))
     graph.eliminate_dead_code()
     graph.lint()
     return done
@@ -45,9 +49,9 @@ def lower(
 
 def _lowering_of(
     node: Node,
-    lowerings: Mapping[Any, Lowering],
-    patterns: Mapping[Callable[[Node], bool], Lowering],
-) -> Lowering | None:
+    lowerings: Mapping[Any, Lowering[E]],
+    patterns: Mapping[Callable[[Node], bool], Lowering[E]],
+) -> Lowering[E] | None:
     if node.op != "call_function":
         return None
     if node.target in lowerings:
@@ -55,9 +59,9 @@ def _lowering_of(
     return next((found for matches, found in patterns.items() if matches(node)), None)
 
 
-def _lower(node: Node, lowering: Lowering, values: FakeValues) -> Lowered:
+def _lower(lowering: Lowering[E], emit: E) -> Lowered:
+    node = emit.like
     name, source = str(node.target).removesuffix(".default"), source_of(node)
-    emit = Emit(node.graph, values, like=node)
     with node.graph.inserting_before(node):
         try:
             result = lowering(emit, node)
@@ -80,5 +84,9 @@ def _replace(node: Node, result: Any) -> None:
 
 
 def _ops(added: list[Node]) -> list[str]:
-    names = (str(node.target).removesuffix(".default") for node in added)
-    return [name for name in names if name.startswith(("npu", "moe_fx"))]
+    """Those of the device and of the dialect."""
+    return [
+        str(node.target).removesuffix(".default")
+        for node in added
+        if getattr(node.target, "namespace", "aten") not in _NOT_THE_DEVICES
+    ]

@@ -59,5 +59,5 @@ class PlanForRanks(Pass):
         if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
         strategy = fitting_strategies(region, context, world)[0]
-        choice = asked(region, strategy, num_experts // world, context)
+        choice = asked(strategy, num_experts // world, context)
         return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

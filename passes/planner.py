@@ -28,7 +28,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.fx import GraphModule
 
-from moe_fx.ascend.compile import lowers
 from moe_fx.compat import resolve_group
 from moe_fx.cost import PRICED, Choice, Layer, choose, timeline
 from moe_fx.decide import decide, link_of
@@ -36,7 +35,6 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.cost_layer import device_of, layer_of
-from moe_fx.passes.roles import value
 from moe_fx.passes.strategies import Misfit, fitting_strategies, most_chunks
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.rates import measured
@@ -92,7 +90,7 @@ def plan_exchange(
     if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)
     else:
-        choice = asked(region, strategies[0], experts // world, context)
+        choice = asked(strategies[0], experts // world, context)
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
@@ -121,7 +119,7 @@ def planned(
     )
 
 
-def asked(region: Region, strategy: str, local_experts: int, context: Context) -> Choice:
+def asked(strategy: str, local_experts: int, context: Context) -> Choice:
     """Where nothing is measured."""
     options = context.options
     chunks = options.overlap if isinstance(options.overlap, int) else 1
@@ -134,16 +132,14 @@ def asked(region: Region, strategy: str, local_experts: int, context: Context) -
             most,
             options.base,
         )
-    return _cut(region, strategy, local_experts, min(chunks, most), context)
+    return _cut(strategy, local_experts, min(chunks, most), context)
 
 
-def candidates(
-    region: Region, strategies: Sequence[str], local_experts: int, context: Context
-) -> list[Choice]:
+def candidates(strategies: Sequence[str], local_experts: int, context: Context) -> list[Choice]:
     """The first is what does nothing."""
     return list(
         dict.fromkeys(
-            _cut(region, strategy, local_experts, chunks, context)
+            _cut(strategy, local_experts, chunks, context)
             for strategy in strategies
             for chunks in CHUNKS
             if chunks <= most_chunks(strategy, context.options)
@@ -151,38 +147,32 @@ def candidates(
     )
 
 
-def _cut(
-    region: Region, strategy: str, local_experts: int, chunks: int, context: Context
-) -> Choice:
+def _cut(strategy: str, local_experts: int, chunks: int, context: Context) -> Choice:
     if strategy == "alltoall":
-        by_rows = _by_rows(region, context)
+        by_rows = _by_rows(context)
         return Choice(row_slices=chunks) if by_rows else Choice(*slices(local_experts, chunks))
     if strategy in ("gather_weights", "mc2"):
         return Choice(1, 1, strategy)
     return Choice(1, chunks, strategy, context.options.capacity_factor)
 
 
-def _by_rows(region: Region, context: Context) -> bool:
+def _by_rows(context: Context) -> bool:
     """Whether chunks of an exact all-to-all are cut by rows. In training each chunk has gradients
     of all experts' weights: only where they are summed as one. Not on NPUs, whose graphs know
     chunks by expert."""
     if context.training:
-        return _sums_gradients(region, context)
-    return not _lowered(region, context)
+        return _sums_gradients(context)
+    return not context.device.lowers
 
 
-def _sums_gradients(region: Region, context: Context) -> bool:
-    return context.options.base in ORDERS_LATER and not _lowered(region, context)
-
-
-def _lowered(region: Region, context: Context) -> bool:
-    return lowers(context.options, [value(region.parts.tokens)])
+def _sums_gradients(context: Context) -> bool:
+    return context.options.base in ORDERS_LATER and not context.device.lowers
 
 
 def _cheapest(
     region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
 ) -> tuple[Choice, Predicted]:
-    sums_gradients = _sums_gradients(region, context)
+    sums_gradients = _sums_gradients(context)
     layer = layer_of(region, group.size(), context.training, sums_gradients)
     device = device_of(region)
     timeout = context.options.agree_timeout
@@ -191,7 +181,7 @@ def _cheapest(
     def chosen() -> dict[str, Any]:
         options = [
             choice
-            for choice in candidates(region, strategies, layer.local_experts, context)
+            for choice in candidates(strategies, layer.local_experts, context)
             if choice.legal(layer)
         ]
         compute = measured(device, layer.dtype)

@@ -17,31 +17,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
+from moe_fx.passes.compare import SEEN
 from moe_fx.passes.roles import Refusal, shape, value
+from moe_fx.passes.samples import Sample, Samples, Weighing
 from moe_fx.passes.trials import Case
 from moe_fx.passes.typical import kind_of
 
-if TYPE_CHECKING:
-    from moe_fx.passes.weighing import Sample, Samples, Weighing
-
-SEEN = 3.0
-"""A change of the result counts as seen if it is so many times what counts as equal."""
 _WAYS = 2
-_LOOKED_AT = 1 << 16
-
-
-def tells(result: Tensor) -> bool:
-    """Whether an equal result could not be one by chance: finite, with more than two values (it is
-    not zero, the same everywhere, or clamped)."""
-    if not bool(result.isfinite().all()):
-        return False
-    least = min(3, result.numel())
-    return bool(result.any()) and len(result.flatten()[:_LOOKED_AT].unique()) >= least
 
 
 def changes_of(samples: Samples, weighing: Weighing) -> dict[Node, float]:

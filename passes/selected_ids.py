@@ -10,10 +10,10 @@ from torch.fx import Node
 
 from moe_fx.passes.anchors import Anchor
 from moe_fx.passes.roles import Refusal, Selection, argument, is_integer, shape, value
+from moe_fx.passes.samples import Ids
 from moe_fx.passes.selection import select
 from moe_fx.passes.selectors import is_lookup_of_ids
 from moe_fx.passes.surroundings import inner_selectors
-from moe_fx.passes.weighing import Ids
 
 aten = torch.ops.aten
 

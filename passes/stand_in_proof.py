@@ -12,11 +12,11 @@ from torch.fx import GraphModule, Node
 
 from moe_fx import simulate
 from moe_fx.passes.base import StandIn
+from moe_fx.passes.compare import SEEN, tells
 from moe_fx.passes.dispatcher_way import DispatcherWay
 from moe_fx.passes.extract import Extract, extract, structure
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
-from moe_fx.passes.power import SEEN, tells
 from moe_fx.passes.roles import Refusal, shape, value
 from moe_fx.passes.sizes import TokenCount, choose_token_count, concrete, example
 from moe_fx.passes.typical import drawn, kind_of

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from moe_fx.ascend.mc2 import limits
 from moe_fx.compat import upper_bound
 from moe_fx.options import Options
 from moe_fx.passes.base import Context
 from moe_fx.passes.combine import sums_plainly
-from moe_fx.passes.cost_layer import device_of
 from moe_fx.passes.roles import shape
 from moe_fx.plan import EVEN
 from moe_fx.region import Region
@@ -36,7 +34,7 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
         return [options.strategy]
     wanted = ["alltoall"]
     if options.even_tokens:
-        if device_of(region).type == "npu":
+        if context.device.takes_mc2:
             reason = _misfit(region, "mc2", context, world_size)
             if not reason:
                 return ["mc2"]
@@ -76,11 +74,9 @@ def _mc2_misfit(region: Region, context: Context, world_size: int) -> str:
         return "the tokens have more than one dimension of features"
     if not parts.distinct:
         return "a token may meet an expert twice"
-    return limits(
+    return context.device.mc2_misfit(
         tokens=upper_bound(shape(parts.tokens)[0]),
         hidden=int(shape(parts.tokens)[1]),
         top_k=region.top_k,
-        num_experts=region.num_experts,
         world_size=world_size,
-        on_npu=device_of(region).type == "npu",
     )

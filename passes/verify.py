@@ -32,6 +32,7 @@ from torch.fx import GraphModule
 
 from moe_fx import simulate
 from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.compare import SEEN, relative_errors, tells
 from moe_fx.passes.extract import Extract, extract_region, structure, translate
 from moe_fx.passes.gradients import (
     Leaf,
@@ -39,12 +40,10 @@ from moe_fx.passes.gradients import (
     choose_leaves,
     cut_at,
     gradient_cuts,
-    relative_errors,
     run_with_gradients,
 )
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.on_host import reference_ops
-from moe_fx.passes.power import SEEN, tells
 from moe_fx.passes.rank_values import RankValues, kind_of_input, name_of_input
 from moe_fx.passes.rewrite import rewrite_region
 from moe_fx.passes.roles import shape, value

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from moe_fx.ascend import npu
 from moe_fx.ascend.device_pass import DevicePass
+from moe_fx.ascend.emit import Emit
 from moe_fx.ascend.ge import GePass, compile_ge
 from moe_fx.ascend.happens_before import races
 from moe_fx.ascend.lowerings import LOWERINGS, is_swiglu, swiglu
@@ -29,15 +29,7 @@ from moe_fx.report import Report
 
 log = logging.getLogger("moe_fx")
 
-_EAGER = ("eager", "aot_eager")
-
-
-def lowers(options: Options, inputs: Sequence[Any]) -> bool:
-    """Whether graphs with these inputs are lowered."""
-    if options.lower != "auto":
-        return options.lower == "npu"
-    on_npu = any(isinstance(value, Tensor) and value.device.type == "npu" for value in inputs)
-    return options.base in npu.COMPILERS or (on_npu and options.base in _EAGER)
+EAGER = ("eager", "aot_eager")
 
 
 def compile_lowered(
@@ -61,7 +53,7 @@ def device_pass(options: Options, report: Report) -> DevicePass:
     """What ``options.base`` is to call on each graph that it runs. Raises `ConfigurationError` for
     a base that no lowering is for."""
     passes: dict[str, Callable[[Options, Report], DevicePass]]
-    passes = {"npugraph_ex": NpuGraphPass, "torchair": GePass, **dict.fromkeys(_EAGER, EagerPass)}
+    passes = {"npugraph_ex": NpuGraphPass, "torchair": GePass, **dict.fromkeys(EAGER, EagerPass)}
     if options.base not in passes:
         raise ConfigurationError(
             f"There is no lowering to NPU ops for base={options.base!r}. Use base='npugraph_ex', "
@@ -74,7 +66,7 @@ class EagerPass(DevicePass):
     """Exchanges stay asynchronous, as torch.distributed has them."""
 
     def _lower(self, graph: Graph) -> list[Lowered]:
-        return lower(graph, LOWERINGS, {is_swiglu: swiglu})
+        return lower(graph, Emit, LOWERINGS, {is_swiglu: swiglu})
 
 
 class NpuGraphPass(DevicePass):
@@ -82,7 +74,7 @@ class NpuGraphPass(DevicePass):
     Raises `RuntimeError` if that left an edge between streams unordered."""
 
     def _lower(self, graph: Graph) -> list[Lowered]:
-        done = lower(graph, LOWERINGS, {is_swiglu: swiglu})
+        done = lower(graph, Emit, LOWERINGS, {is_swiglu: swiglu})
         done += use_streams(graph, stream_ops(self.options))
         check_order(graph)
         return done

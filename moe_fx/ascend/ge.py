@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.ascend import npu
 from moe_fx.ascend.device_pass import DevicePass, is_dialect
+from moe_fx.ascend.emit import Emit
 from moe_fx.ascend.ge_lowerings import GE_LOWERINGS, note_experts
 from moe_fx.ascend.lowerings import is_swiglu, swiglu
 from moe_fx.ascend.streams import StreamOps, use_streams
@@ -34,7 +35,7 @@ class GePass(DevicePass):
     def _lower(self, graph: Graph) -> list[Lowered]:
         register_converters()
         note_experts(graph)
-        done = lower(graph, GE_LOWERINGS, {is_swiglu: swiglu})
+        done = lower(graph, Emit, GE_LOWERINGS, {is_swiglu: swiglu})
         air = torch.ops.air
         enter, leave = air.scope_enter.default, air.scope_exit.default
         done += use_streams(graph, StreamOps(enter, leave, None, self.options.exchange_cores))

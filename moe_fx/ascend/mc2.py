@@ -37,13 +37,9 @@ LIMITS = {
 }
 
 
-def limits(
-    tokens: int | None, hidden: int, top_k: int, num_experts: int, world_size: int, on_npu: bool
-) -> str:
-    """What is against MC2 for such a layer; "" if nothing is, as ever off the NPU. tokens: the most
-    that a rank may have, None: there is no bound."""
-    if not on_npu:
-        return ""
+def limits(tokens: int | None, hidden: int, top_k: int, world_size: int) -> str:
+    """What is against MC2 for such a layer on this NPU; "" if nothing is. tokens: the most that a
+    rank may have, None: there is no bound."""
     generation = npu.generation()
     if generation not in LIMITS:
         return f"MC2 is known for {' and '.join(LIMITS)}, this is {generation}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from moe_fx.device import Device
 from moe_fx.options import Options
 from moe_fx.passes import ANALYSIS, Context, for_ranks
 from moe_fx.passes.fuse_router import FuseRouter
@@ -22,7 +23,9 @@ GATE = torch.ops.moe_fx.gating_top_k.default
 def fused(
     module: GraphModule, fuses: bool = True, training: bool = False, report: Report | None = None
 ) -> GraphModule:
-    context = Context(Options(), report or Report(), training=training, fuses_routers=fuses)
+    context = Context(
+        Options(), report or Report(), training=training, device=Device(fuses_routers=fuses)
+    )
     for step in for_ranks(1, passes=(*ANALYSIS, FuseRouter(), Rewrite())):
         module = step(module, context).module
     assert context.regions, context.report.declined

@@ -43,8 +43,8 @@ def test_it_has_no_gradients() -> None:
 
 
 FITTING = {
-    "A2": {"tokens": 256, "hidden": 7168, "top_k": 8, "num_experts": 64, "world_size": 16},
-    "A3": {"tokens": 512, "hidden": 2048, "top_k": 8, "num_experts": 64, "world_size": 8},
+    "A2": {"tokens": 256, "hidden": 7168, "top_k": 8, "world_size": 16},
+    "A3": {"tokens": 512, "hidden": 2048, "top_k": 8, "world_size": 8},
 }
 BEYOND = [
     ("A2", {"tokens": 257}, "257 tokens a rank, MC2 takes at most 256 on A2"),
@@ -60,18 +60,18 @@ BEYOND = [
 @pytest.mark.parametrize("generation", LIMITS)
 def test_what_fits_a_device(generation: str) -> None:
     with mock.patch("moe_fx.ascend.npu.generation", lambda: generation):
-        assert limits(**FITTING[generation], on_npu=True) == ""
+        assert limits(**FITTING[generation]) == ""
 
 
 @pytest.mark.parametrize("generation, change, message", BEYOND)
 def test_what_does_not(generation: str, change: dict[str, int], message: str) -> None:
     with mock.patch("moe_fx.ascend.npu.generation", lambda: generation):
-        assert message in limits(**(FITTING[generation] | change), on_npu=True)
+        assert message in limits(**(FITTING[generation] | change))
 
 
 def test_an_unknown_device_is_none_it_is_known_for() -> None:
     with mock.patch("moe_fx.ascend.npu.generation", lambda: "Ascend310P"):
-        assert "this is Ascend310P" in limits(**FITTING["A2"], on_npu=True)
+        assert "this is Ascend310P" in limits(**FITTING["A2"])
 
 
 def test_bfloat16() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_fx.passes import power, rank_values, sizes, trials
+from moe_fx.passes import compare, rank_values, sizes, trials
 from moe_fx.passes.typical import drawn, kind_of
 from tests.passes.graphs import block, captured, rewritten, tokens
 from tests.proofs.layers import HIDDEN, SPELLINGS, TOKENS, random, route, weights
@@ -117,8 +117,8 @@ def _never_change(monkeypatch: pytest.MonkeyPatch, of_class: Class) -> None:
 
 def test_what_shows_nothing() -> None:
     random_result = random(3, 4)
-    assert power.tells(random_result)
-    assert not power.tells(torch.zeros(3, 4))
-    assert not power.tells(torch.full((3, 4), 2.0))
-    assert not power.tells(random_result / 0)
-    assert not power.tells(random_result.sign())
+    assert compare.tells(random_result)
+    assert not compare.tells(torch.zeros(3, 4))
+    assert not compare.tells(torch.full((3, 4), 2.0))
+    assert not compare.tells(random_result / 0)
+    assert not compare.tells(random_result.sign())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 
 __all__ = ["register"]
 
@@ -22,8 +23,7 @@ def register() -> None:
     """Make ``moe_fx.vllm_pass`` what vLLM looks up by name, with the options in the environment
     variable `MOE_FX_VLLM_OPTIONS`, and define the ops of opened layers. Called again it does
     nothing; with a vLLM that has not what the pass needs it says so and does nothing either."""
-    import moe_fx
-
+    moe_fx = sys.modules["moe_fx"]  # it may be half imported: it calls this
     if "vllm_pass" in vars(moe_fx):
         return
     try:

@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.version import __version__ as vllm_version
 
-from moe_fx import __version__
 from moe_fx.errors import NothingMatched
 from moe_fx.graph_pass import agree_when_run, module_of
 from moe_fx.integrations.vllm.layout import Layout, Unsupported, layout
@@ -29,6 +28,7 @@ from moe_fx.plan import ExchangePlan, slices
 from moe_fx.region import Declined, source_of
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
+from moe_fx.version import __version__
 
 log = init_logger("vllm.moe_fx")  # vLLM configures the loggers below its own
 

@@ -1,0 +1,28 @@
+"""What the passes ask of the device that a graph is for.
+
+Passes import no device: whoever runs them hands over one of these in their `Context`
+(`moe_fx.devices.device_for`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """The answers of a device that runs the dialect's own kernels, as CPUs and GPUs do.
+
+    lowers: in the graphs that the base compiler runs, dialect ops become ops of the device.
+    fuses_routers: the device has an op that scores and selects. takes_mc2: it has the ops of
+    strategy "mc2", which are then the first choice where all ranks have as many tokens.
+    """
+
+    lowers: bool = False
+    fuses_routers: bool = False
+    takes_mc2: bool = False
+
+    def mc2_misfit(self, tokens: int | None, hidden: int, top_k: int, world_size: int) -> str:
+        """What is against MC2 for such a layer; "" if nothing is. tokens: the most that a rank may
+        have, None: there is no bound."""
+        return ""
