@@ -28,7 +28,7 @@ _WIDTH = 120
 
 
 def _versions() -> dict[str, str]:
-    from moe_fx import __version__
+    from moe_fx.version import __version__
 
     found = {"moe_fx": __version__, "torch": torch.__version__}
     if "transformers" in sys.modules:
