@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BadInput", "ConfigurationError", "MoeFxError", "NothingMatched", "RanksDiffer"]
+__all__ = [
+    "BadInput",
+    "ConfigurationError",
+    "MoeFxError",
+    "NothingMatched",
+    "RankMissing",
+    "RanksDiffer",
+]
 
 
 class MoeFxError(RuntimeError):
@@ -23,3 +30,8 @@ class NothingMatched(MoeFxError):
 
 class RanksDiffer(MoeFxError):
     """The ranks of a group compiled different plans, which would hang."""
+
+
+class RankMissing(MoeFxError):
+    """An exchange waits for a rank of the group that does not come: it has stopped, failed or gone
+    elsewhere."""

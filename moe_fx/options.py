@@ -63,6 +63,8 @@ class Options(BaseModel):
     overlap_memory: how much more memory than in the captured order the results alive at once may
         take for the sake of overlap, as a factor.
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.
+    exchange_timeout: seconds that an exchange waits for a rank that does not come, before it is
+        `RankMissing` on every rank that waits; the group's own timeout, if that is shorter.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """
 
@@ -83,6 +85,7 @@ class Options(BaseModel):
     overlap: Overlap | Annotated[int, Field(ge=1)] = "auto"
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
+    exchange_timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
 
     @field_validator("mode")
