@@ -15,9 +15,11 @@ beside it.
 
 from __future__ import annotations
 
+import os
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +38,9 @@ TIMEOUT = 300.0
 """Seconds, unless told otherwise."""
 WAITING = f'*, str layer="", float exchange_timeout={TIMEOUT}'
 """How ops that exchange are told for whom, and how long they may wait."""
+_UNNAMED = "an MoE layer"
+_TORCH = os.path.dirname(torch.__file__)
+_OWN = os.path.dirname(__file__)
 _BEFORE = 0.9
 """Of a device's own timeout: to say who is missing before it strikes."""
 _LATE = 2.0
@@ -61,13 +66,14 @@ class Exchange:
             watch(self.group, self.device, self.stand, self.timeout, failure)
 
     def _wait(self) -> None:
-        began = time.monotonic()
+        began, stand = time.monotonic(), self.stand
         try:
             if _ends_within(self.work, patience(self.timeout)):
                 return
-            presence.say(self.group, self.stand)
+            stand = _found(stand)
+            presence.say(self.group, stand)
             while not _ends_within(self.work, patience(self.timeout)):
-                differ = presence.crossed(self.group, self.stand)
+                differ = presence.crossed(self.group, stand)
                 if differ:
                     raise RanksDiffer(presence.differing(differ))
                 if time.monotonic() - began > self.timeout + _LATE:
@@ -77,7 +83,8 @@ class Exchange:
             raise
         except (RuntimeError, TimeoutError) as error:
             waited = time.monotonic() - began
-            raise failure(self.group, self.stand, waited, self.timeout, error) from error
+            stand = _found(stand)
+            raise failure(self.group, stand, waited, self.timeout, error) from error
 
 
 def start(
@@ -134,7 +141,18 @@ def failure(
 
 def of(layer: str) -> str:
     """The layer as an error says it; "": one that the graph does not name."""
-    return layer or "an MoE layer"
+    return layer or _UNNAMED
+
+
+def _found(stand: Stand) -> Stand:
+    """Of a layer without a name: with the line that runs it."""
+    if _UNNAMED not in stand.what or "(" in stand.what:
+        return stand
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((_TORCH, _OWN, "<")):
+            line = f"{_UNNAMED} (run at {frame.filename}:{frame.lineno})"
+            return replace(stand, what=stand.what.replace(_UNNAMED, line))
+    return stand
 
 
 def _elsewhere(group: dist.ProcessGroup, stand: Stand, grace: float) -> dict[int, Stand | None]:
