@@ -32,7 +32,7 @@ from moe_fx.device_watch import watch
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.presence import Stand, named, patience
 
-__all__ = ["TIMEOUT", "WAITING", "Exchange", "failure", "of", "start"]
+__all__ = ["TIMEOUT", "WAITING", "Exchange", "failure", "of", "start", "start_and_wait"]
 
 TIMEOUT = 300.0
 """Seconds, unless told otherwise."""
@@ -49,7 +49,7 @@ _LATE = 2.0
 
 @dataclass(frozen=True)
 class Exchange:
-    """One that is under way. ``work``: torch's handle."""
+    """One that is under way. ``work``: torch's handle; None: the stream waits already."""
 
     work: Any
     group: dist.ProcessGroup
@@ -62,7 +62,8 @@ class Exchange:
         if self.device.type == "cpu":
             self._wait()
         else:
-            self.work.wait()
+            if self.work is not None:
+                self.work.wait()
             watch(self.group, self.device, self.stand, self.timeout, failure)
 
     def _wait(self) -> None:
@@ -103,6 +104,18 @@ def start(
     with launch_within(timeout, group, device):
         work = launch()
     return Exchange(work, group, device, stand, timeout)
+
+
+def start_and_wait(
+    launch: Callable[[bool], Any],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    what: str,
+    timeout: float,
+) -> None:
+    """``launch(async_op)``, at once: on a device without a stream of its own."""
+    on_host = device.type == "cpu"
+    start(lambda: launch(on_host), group, device, what, timeout).wait()
 
 
 def failure(

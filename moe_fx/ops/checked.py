@@ -19,7 +19,7 @@ from moe_fx.agree import ensure_same
 from moe_fx.compat import resolve_group
 from moe_fx.errors import BadInput
 from moe_fx.ops._define import define
-from moe_fx.waiting import TIMEOUT, WAITING, of, start
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 FINE, OUT_OF_RANGE, REFUSED = range(3)
 """Codes: all is well; an id is no expert's (detail: the id); the rank has raised an error of its
@@ -79,13 +79,15 @@ def _gather_counts(
     message = torch.cat([status, counts, counts.new_zeros(room - experts)])
     copies = message.repeat(process_group.size(), 1)
     received = torch.empty_like(copies)
-    start(
-        lambda: dist.all_to_all_single(received, copies, group=process_group, async_op=True),
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, copies, group=process_group, async_op=async_op
+        ),
         process_group,
         counts.device,
         f"counts of {of(layer)}",
         exchange_timeout,
-    ).wait()
+    )
     statuses, theirs = received[:, :STATUS_LENGTH], received[:, STATUS_LENGTH:]
     return torch.cat([theirs[:, :experts], statuses], 1)
 

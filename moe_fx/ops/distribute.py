@@ -24,7 +24,7 @@ from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import count_bytes
-from moe_fx.waiting import TIMEOUT, WAITING, of, start
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 _ASSIST = 128
 """Numbers per row that ``collect`` may need, as torch_npu has them; here: the source rank."""
@@ -70,13 +70,13 @@ def _distribute(
 def _gathered(value: Tensor, group: dist.ProcessGroup, what: str, timeout: float) -> Tensor:
     every = value.new_empty((group.size() * value.shape[0], *value.shape[1:]))
     value = value.contiguous()
-    start(
-        lambda: dist.all_gather_into_tensor(every, value, group=group, async_op=True),
+    start_and_wait(
+        lambda async_op: dist.all_gather_into_tensor(every, value, group=group, async_op=async_op),
         group,
         value.device,
         what,
         timeout,
-    ).wait()
+    )
     return every
 
 
@@ -134,15 +134,15 @@ def _collect(
     sent, send = parcels(rows, assist, ends, process_group.size())
     recv = owners(ids, num_experts, process_group.size())
     arrived = rows.new_empty((ids.numel(), *rows.shape[1:]))
-    start(
-        lambda: dist.all_to_all_single(
-            arrived, sent, recv, send, group=process_group, async_op=True
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            arrived, sent, recv, send, group=process_group, async_op=async_op
         ),
         process_group,
         rows.device,
         f"rows of {of(layer)}",
         exchange_timeout,
-    ).wait()
+    )
     own = send[process_group.rank()]
     count_bytes(group, (sent.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return summed(arrived, ids, weights)

@@ -33,7 +33,7 @@ from torch.fx.node import has_side_effect
 from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
 from moe_fx.ops._define import define
-from moe_fx.waiting import TIMEOUT, WAITING, Exchange, of, start
+from moe_fx.waiting import TIMEOUT, WAITING, Exchange, of, start, start_and_wait
 
 NOBODY = -1
 """Sizes of rows that no rank of the group sends or receives: nothing is exchanged."""
@@ -93,13 +93,15 @@ def _exchange_counts(
     world = process_group.size()
     by_rank = counts.view(chunks, world, -1).transpose(0, 1).contiguous()
     received = torch.empty_like(by_rank)
-    start(
-        lambda: dist.all_to_all_single(received, by_rank, group=process_group, async_op=True),
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, by_rank, group=process_group, async_op=async_op
+        ),
         process_group,
         counts.device,
         f"counts of {of(layer)}",
         exchange_timeout,
-    ).wait()
+    )
     return received.view(world, -1)
 
 
@@ -199,7 +201,15 @@ def _exchange(
     process_group = resolve_group(group)
     received = rows.new_empty((sum(recv), *rows.shape[1:]))
     rows = rows.contiguous()
-    _start_rows(received, rows, recv, send, process_group, layer, exchange_timeout).wait()
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, rows, recv, send, group=process_group, async_op=async_op
+        ),
+        process_group,
+        rows.device,
+        f"rows of {of(layer)}",
+        exchange_timeout,
+    )
     own = send[process_group.rank()]
     count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return received

@@ -31,7 +31,7 @@ from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.experts import regroup_backward, regroup_setup
-from moe_fx.waiting import TIMEOUT, WAITING, of, start
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 INT = torch.int64
 
@@ -279,13 +279,15 @@ def _even_sizes(
     # Filled there, not copied there: a copy from the host could not be captured.
     sent = torch.cat([torch.full((world, 1), size, device=device) for size in own], 1)
     received = torch.empty_like(sent)
-    start(
-        lambda: dist.all_to_all_single(received, sent, group=process_group, async_op=True),
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, sent, group=process_group, async_op=async_op
+        ),
         process_group,
         device,
         f"sizes of {of(layer)}",
         exchange_timeout,
-    ).wait()
+    )
     _require(
         (received == sent).all(),
         f"moe_fx::even_sizes: rank {process_group.rank()} exchanges parts of {own} rows, "

@@ -25,7 +25,7 @@ from tests.e2e.test_missing_rank import Model
 
 WAIT = 5.0
 """Seconds, for a rank that never comes."""
-END = 90.0
+END = 240.0
 """Seconds after which a rank that has not ended hangs."""
 Situation = tuple[str, str, bool, str]
 """strategy, overlap, whether it stops between forward and backward, and how it stops."""
