@@ -196,4 +196,6 @@ def _ends_within(work: Any, seconds: float) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+    """Its first sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0] if lines else repr(error)

@@ -66,10 +66,10 @@ def rank_main(rank: int, port: int, cpu: bool, base: str, situation: Situation) 
     loss = forward()
     if backward:
         loss.backward()
-    float(loss)
+    float(loss.detach())
     if rank == 1:
         if backward:
-            float(forward())
+            float(forward().detach())
         if how == "exits":
             os._exit(3)
         time.sleep(4 * WAIT)
