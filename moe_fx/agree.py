@@ -9,8 +9,8 @@ compiles is an error after a timeout: never a hang.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,7 +21,10 @@ import torch.distributed as dist
 from moe_fx.compat import group_store, resolve_group
 from moe_fx.errors import RanksDiffer
 from moe_fx.plan import ExchangePlan
+from moe_fx.presence import agreeing, crossed, differing, patience, say, store_key
 
+_LEAST = 0.001
+"""Seconds; a store takes none to be no limit."""
 _published: dict[tuple[str, str], list[str]] = {}
 _agreed: set[tuple[str, str]] = set()
 
@@ -109,24 +112,37 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float, kind: str = "pl
 
 def wait_for(group: dist.ProcessGroup, keys: Mapping[int, str], timeout: float, doing: str) -> None:
     """Until each rank of ``keys`` has set its key in the group's store; `RanksDiffer` after
-    ``timeout`` seconds. doing: what this rank does ("has compiled ...") and expects of them."""
-    store = group_store(group)
+    ``timeout`` seconds, or as soon as one of them is known to wait for this rank elsewhere. doing:
+    what this rank does ("has compiled ...") and expects of them."""
+    pause = patience(timeout)
+    deadline = time.monotonic() + timeout
+    if _are_set(group, keys, pause):
+        return
+    stand = agreeing(group, f"an agreement, as it {doing}", keys)
+    say(group, stand)
+    while not _are_set(group, keys, min(pause, deadline - time.monotonic())):
+        how = crossed(group, stand)
+        if how:
+            raise RanksDiffer(differing(how))
+        if time.monotonic() >= deadline:
+            store = group_store(group)
+            missing = [rank for rank, key in keys.items() if not store.check([key])]
+            raise RanksDiffer(
+                f"Rank {group.rank()} {doing} and waited {timeout:g} s for rank(s) {missing} of "
+                "the expert-parallel group to do the same. Every rank must compile and run the "
+                "same model; look for an error there, or raise agree_timeout."
+            )
+    say(group, None)
+
+
+def _are_set(group: dist.ProcessGroup, keys: Mapping[int, str], seconds: float) -> bool:
+    """Whether they are within so many seconds."""
+    store, names = group_store(group), list(keys.values())
     try:
-        store.wait(list(keys.values()), timedelta(seconds=timeout))
+        store.wait(names, timedelta(seconds=max(seconds, _LEAST)))
     except RuntimeError:  # what a time-out is called differs from store to store
-        missing = [rank for rank, key in keys.items() if not store.check([key])]
-        if not missing:
-            raise
-        raise RanksDiffer(
-            f"Rank {group.rank()} {doing} and waited {timeout:g} s for rank(s) {missing} of the "
-            "expert-parallel group to do the same. Every rank must compile and run the same model; "
-            "look for an error there, or raise agree_timeout."
-        ) from None
-
-
-def store_key(group: dist.ProcessGroup, what: str) -> str:
-    digest = hashlib.sha256(group.group_name.encode()).hexdigest()[:12]
-    return f"moe_fx/{digest}/{what}"
+        return store.check(names)
+    return True
 
 
 def _difference(text: str, other: str) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from types import CodeType
 from typing import Any, cast
 
@@ -75,6 +77,7 @@ __all__ = [
     "FakeValues",
     "NoExport",
     "SelectiveForward",
+    "abort_group",
     "all_gather_rows",
     "aot_eager_compiler",
     "assert_on_device",
@@ -98,6 +101,8 @@ __all__ = [
     "group_of_ranks",
     "group_store",
     "group_tag",
+    "group_timeout",
+    "in_backward",
     "in_compiled_autograd",
     "inductor_cuda_graphs",
     "inductor_mode",
@@ -106,6 +111,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_traced",
     "known_backends",
+    "launch_within",
     "new_sizes",
     "no_compiled_autograd",
     "no_function_modes",
@@ -371,6 +377,47 @@ def collective_groups(graph: Graph) -> Iterator[str]:
 def group_store(group: dist.ProcessGroup) -> dist.Store:
     """The key-value store the group's ranks share."""
     return group.get_group_store()
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds after which the group's backend for ``device`` gives up a collective; infinite for a
+    backend that does not say."""
+    own = _own_timeout(group._get_backend(device))
+    return math.inf if own is None else own.total_seconds()
+
+
+def _own_timeout(backend: Any) -> timedelta | None:
+    try:
+        return cast(timedelta, backend.options._timeout)
+    except (AttributeError, RuntimeError):  # not of Gloo or NCCL
+        return None
+
+
+@contextmanager
+def launch_within(seconds: float, group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Collectives that are started here fail after ``seconds``, where the group's backend for
+    ``device`` is Gloo: otherwise its threads, and the end of the process, would wait as long as the
+    group's own timeout."""
+    backend = group._get_backend(device)
+    own = _own_timeout(backend) if isinstance(backend, dist.ProcessGroupGloo) else None
+    if own is None:
+        yield
+        return
+    backend._set_default_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        backend._set_default_timeout(own)
+
+
+def abort_group(group: dist.ProcessGroup, device: torch.device) -> None:
+    """End what the group's backend for ``device`` has under way; the group is of no use after."""
+    group._get_backend(device).abort()
+
+
+def in_backward() -> bool:
+    """Whether autograd runs the caller."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def all_gather_rows(shard: Tensor, group_size: int, group_name: str) -> Tensor:

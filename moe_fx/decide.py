@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_fx.agree import store_key, wait_for
+from moe_fx.agree import wait_for
 from moe_fx.compat import group_store
 from moe_fx.link import Link, calibrate, known
+from moe_fx.presence import store_key
 
 _decided: dict[tuple[str, str], Any] = {}
 _DOING = "plans an MoE layer"

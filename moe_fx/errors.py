@@ -8,6 +8,7 @@ __all__ = [
     "DeclinedLayerWarning",
     "MoeFxError",
     "NothingMatched",
+    "RankMissing",
     "RanksDiffer",
 ]
 
@@ -34,3 +35,8 @@ class RanksDiffer(MoeFxError):
 
 class DeclinedLayerWarning(UserWarning):
     """A layer runs as it is, although its experts were to be spread over ranks."""
+
+
+class RankMissing(MoeFxError):
+    """An exchange waits for a rank of the group that does not come: it has stopped, failed or gone
+    elsewhere."""

@@ -70,6 +70,8 @@ class Options(BaseModel):
     progress: a line for each compiled graph on standard error, if that is a terminal: the layers
         found, the plan, and the seconds it took; on rank 0 alone. Otherwise the log of moe_fx has
         it, at level INFO.
+    exchange_timeout: seconds that an exchange waits for a rank that does not come, before it is
+        `RankMissing` on every rank that waits; the group's own timeout, if that is shorter.
     on_report: called with the `moe_fx.Report` of each compiled graph.
     """
 
@@ -100,6 +102,7 @@ class Options(BaseModel):
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
     progress: bool = True
+    exchange_timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
 
     @field_validator("base")

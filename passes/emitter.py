@@ -11,7 +11,7 @@ be left to the tokens' side (`narrow.py`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,20 +38,38 @@ from moe_fx.region import Parts
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
+_EXCHANGES = (
+    ops.exchange_counts.default,
+    ops.all_to_all.default,
+    ops.wait.default,
+    ops.even_sizes.default,
+    ops.distribute.default,
+    ops.collect.default,
+)
 _SENDS_ROWS = ("alltoall", "padded_alltoall")
 
 
 class Emitter:
     """Adds nodes where the graph's insertion point is."""
 
-    def __init__(self, graph: Graph, parts: Parts, plan: ExchangePlan) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        parts: Parts,
+        plan: ExchangePlan,
+        waiting: Mapping[str, Any] | None = None,
+    ) -> None:
+        """waiting: ``layer`` and ``exchange_timeout`` of its exchanges (`moe_fx.waiting`)."""
         self.graph, self.parts, self.plan = graph, parts, plan
+        self.waiting = waiting or {}
         self.trace = parts.combined.meta.get("stack_trace", "")
         self._narrow = narrow(parts) if plan.strategy in _SENDS_ROWS else Narrow()
         self._owned: dict[Node, Node] = {}
         self._splits: dict[Node, Node] = {}
 
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        if op in _EXCHANGES:
+            kwargs |= self.waiting
         node = self.graph.call_function(op, args, kwargs)
         node.meta["stack_trace"] = self.trace
         if "custom" in self.parts.combined.meta:  # which body it belongs to (`moe_fx.bodies`)

@@ -15,12 +15,14 @@ All rows of a side stand in one order there, so the permutations of the captured
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from moe_fx.layer_name import layer_name
 from moe_fx.passes.base import Context, Pass, PassResult, StandIn
 from moe_fx.passes.emitter import Emitter
 from moe_fx.passes.gathers import erase_if_unread
@@ -38,7 +40,11 @@ class Rewrite(Pass):
             if region.parts.replaces is not None:
                 captured, stands_in = region.parts.replaces  # the latter may be what is rewritten
                 captured.replace_all_uses_with(stands_in, propagate_meta=False)
-            rewrite_region(module.graph, region, plan)
+            waiting = {
+                "layer": layer_name(region.parts.ids, region.parts.combined),
+                "exchange_timeout": context.options.exchange_timeout,
+            }
+            rewrite_region(module.graph, region, plan, waiting)
             if region.parts.replaces is not None:
                 erase_checks(module.graph, region.parts.captured)
         for stand_in in context.stand_ins:
@@ -51,12 +57,14 @@ class Rewrite(Pass):
         return PassResult(module, changed=bool(context.regions))
 
 
-def rewrite_region(graph: Graph, region: Region, plan: ExchangePlan) -> None:
+def rewrite_region(
+    graph: Graph, region: Region, plan: ExchangePlan, waiting: Mapping[str, Any] | None = None
+) -> None:
     """Make ``region``'s users read a result computed by dialect ops, placed where the region's
-    own result stood."""
+    own result stood. waiting: as of `Emitter`."""
     combined = region.parts.combined
     with graph.inserting_before(combined):
-        result = TRAVEL[plan.strategy](Emitter(graph, region.parts, plan))
+        result = TRAVEL[plan.strategy](Emitter(graph, region.parts, plan, waiting))
     combined.replace_all_uses_with(result, propagate_meta=False)
     result.meta.update({k: v for k, v in combined.meta.items() if k == "val"})
 

@@ -178,7 +178,7 @@ def expert_counts(emit: Emit, node: Node) -> Lowered:
 
 
 def exchange_counts(emit: Emit, node: Node) -> Lowered:
-    counts, group, _, _, chunks = arguments(node)
+    counts, group, _, _, chunks, *_ = arguments(node)
     world = value_of(node).shape[0]
     by_rank = emit(aten.reshape.default, counts, [chunks, world, -1])
     numbers = emit(aten.reshape.default, emit(aten.transpose.int, by_rank, 0, 1), [-1])

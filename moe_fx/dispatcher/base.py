@@ -13,6 +13,7 @@ from moe_fx.dispatcher.config import MoEDispatcherConfig
 from moe_fx.errors import ConfigurationError
 from moe_fx.groups import require_group
 from moe_fx.ops.routing import gating_top_k
+from moe_fx.waiting import TIMEOUT
 
 __all__ = ["MoEDispatcher"]
 
@@ -23,7 +24,8 @@ class MoEDispatcher:
     """ep_group: ranks that own the experts together; without one the default group if
     `torch.distributed` is initialised, else this process alone. tp_ep_group: ranks that share the
     tokens of a sequence and split every expert's width; at most one. agree_timeout: seconds that a
-    rank waits, before the group's first exchange, for all others to come to theirs."""
+    rank waits, before the group's first exchange, for all others to come to theirs;
+    exchange_timeout: in every exchange, before it is `RankMissing`."""
 
     def __init__(
         self,
@@ -31,8 +33,10 @@ class MoEDispatcher:
         ep_group: dist.ProcessGroup | None = None,
         tp_ep_group: dist.ProcessGroup | None = None,
         agree_timeout: float = 300.0,
+        exchange_timeout: float = TIMEOUT,
     ) -> None:
         self.config, self.agree_timeout = config, agree_timeout
+        self.exchange_timeout = exchange_timeout
         self.shared_experts: Callable[[Tensor], Any] | None = None
         if ep_group is None and dist.is_available() and dist.is_initialized():
             ep_group = dist.group.WORLD

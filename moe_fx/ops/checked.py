@@ -9,6 +9,8 @@ Shapes: ``W`` ranks, ``E`` experts, ``L = E / W`` local ones, ``C`` expert slice
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,7 @@ from moe_fx.agree import ensure_same
 from moe_fx.compat import resolve_group
 from moe_fx.errors import BadInput
 from moe_fx.ops._define import define
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 FINE, OUT_OF_RANGE, REFUSED = range(3)
 """Codes: all is well; an id is no expert's (detail: the id); the rank has raised an error of its
@@ -58,7 +61,15 @@ def refused(num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(num_experts, dtype=torch.int64, device=device), status
 
 
-def _gather_counts(counts: Tensor, status: Tensor, group: str, timeout: float) -> Tensor:
+def _gather_counts(
+    counts: Tensor,
+    status: Tensor,
+    group: str,
+    timeout: float,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
+) -> Tensor:
     """``counts [E], status [5] -> [W, E + 5]``, of every rank. Before the group's first message of
     a size, waits ``timeout`` seconds for all ranks to come to theirs."""
     experts = counts.numel()
@@ -68,12 +79,22 @@ def _gather_counts(counts: Tensor, status: Tensor, group: str, timeout: float) -
     message = torch.cat([status, counts, counts.new_zeros(room - experts)])
     copies = message.repeat(process_group.size(), 1)
     received = torch.empty_like(copies)
-    dist.all_to_all_single(received, copies, group=process_group)
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, copies, group=process_group, async_op=async_op
+        ),
+        process_group,
+        counts.device,
+        f"counts of {of(layer)}",
+        exchange_timeout,
+    )
     statuses, theirs = received[:, :STATUS_LENGTH], received[:, STATUS_LENGTH:]
     return torch.cat([theirs[:, :experts], statuses], 1)
 
 
-def _gather_counts_fake(counts: Tensor, status: Tensor, group: str, timeout: float) -> Tensor:
+def _gather_counts_fake(
+    counts: Tensor, status: Tensor, group: str, timeout: float, **waiting: Any
+) -> Tensor:
     return counts.new_empty((resolve_group(group).size(), counts.shape[0] + STATUS_LENGTH))
 
 
@@ -123,7 +144,7 @@ define(
     _dispatch_counts_fake,
 )
 define(
-    "gather_counts(Tensor counts, Tensor status, str group, float timeout) -> Tensor",
+    f"gather_counts(Tensor counts, Tensor status, str group, float timeout, {WAITING}) -> Tensor",
     _gather_counts,
     _gather_counts_fake,
 )

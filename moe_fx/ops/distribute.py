@@ -14,6 +14,8 @@ experts, ``A = W * T * min(L, K)`` rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,7 @@ from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import count_bytes
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 _ASSIST = 128
 """Numbers per row that ``collect`` may need, as torch_npu has them; here: the source rank."""
@@ -38,30 +41,42 @@ def _distribute(
     group: str,
     plans: str | None = None,
     timeout: float = 0.0,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tokens [T, H]``, ``ids [T, K]`` int32 to the rows of this rank's experts ``[A, H]``, by
     expert and within one by source rank; how many of each expert ``[L]``; and what ``collect``
     wants back: ``[A * 128]`` and ``[W * L]``, where the rows of each expert and source end. Rows
     behind those of the last expert are nobody's.
 
-    ``plans``, ``timeout``: as of ``exchange_counts``."""
+    ``plans``, ``timeout``, ``layer``, ``exchange_timeout``: as of ``exchange_counts``."""
     if plans is not None:
         ensure(group, plans, timeout)
     process_group = resolve_group(group)
-    counts = _gathered(torch.tensor([len(tokens)], device=tokens.device), process_group).tolist()
+    waiting = f"tokens of {of(layer)}", exchange_timeout
+    own = torch.tensor([len(tokens)], device=tokens.device)
+    counts = _gathered(own, process_group, *waiting).tolist()
     if len(set(counts)) != 1:
         raise RuntimeError(
             f"moe_fx::distribute: the ranks have {counts} tokens: MC2 needs the same number on "
             'every rank in every step. Pad them, or use strategy="alltoall".'
         )
-    every_tokens, every_ids = (_gathered(each, process_group) for each in (tokens, ids))
+    every_tokens, every_ids = (_gathered(each, process_group, *waiting) for each in (tokens, ids))
     count_bytes(group, (process_group.size() - 1) * tokens.numel() * tokens.element_size())
     return share(every_tokens, every_ids, process_group.rank(), process_group.size(), num_experts)
 
 
-def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gathered(value: Tensor, group: dist.ProcessGroup, what: str, timeout: float) -> Tensor:
     every = value.new_empty((group.size() * value.shape[0], *value.shape[1:]))
-    dist.all_gather_into_tensor(every, value.contiguous(), group=group)
+    value = value.contiguous()
+    start_and_wait(
+        lambda async_op: dist.all_gather_into_tensor(every, value, group=group, async_op=async_op),
+        group,
+        value.device,
+        what,
+        timeout,
+    )
     return every
 
 
@@ -89,6 +104,7 @@ def _distribute_fake(
     group: str,
     plans: str | None = None,
     timeout: float = 0.0,
+    **waiting: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     world = resolve_group(group).size()
     num_rows = _rows(ids.shape[0], ids.shape[1], num_experts, world)
@@ -108,6 +124,9 @@ def _collect(
     ends: Tensor,
     num_experts: int,
     group: str,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
 ) -> Tensor:
     """``rows [A, H]`` of ``distribute``, once the experts have been at them, to ``[T, H]``: each
     token's, times ``weights [T, K]`` float32, summed."""
@@ -115,7 +134,15 @@ def _collect(
     sent, send = parcels(rows, assist, ends, process_group.size())
     recv = owners(ids, num_experts, process_group.size())
     arrived = rows.new_empty((ids.numel(), *rows.shape[1:]))
-    dist.all_to_all_single(arrived, sent, recv, send, group=process_group)
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            arrived, sent, recv, send, group=process_group, async_op=async_op
+        ),
+        process_group,
+        rows.device,
+        f"rows of {of(layer)}",
+        exchange_timeout,
+    )
     own = send[process_group.rank()]
     count_bytes(group, (sent.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return summed(arrived, ids, weights)
@@ -152,19 +179,20 @@ def _collect_fake(
     ends: Tensor,
     num_experts: int,
     group: str,
+    **waiting: Any,
 ) -> Tensor:
     return rows.new_empty((ids.shape[0], *rows.shape[1:]))
 
 
 define(
     "distribute(Tensor tokens, Tensor ids, int num_experts, str group, str? plans=None, "
-    "float timeout=0.0) -> (Tensor rows, Tensor counts, Tensor assist, Tensor ends)",
+    f"float timeout=0.0, {WAITING}) -> (Tensor rows, Tensor counts, Tensor assist, Tensor ends)",
     _distribute,
     _distribute_fake,
 )
 define(
     "collect(Tensor rows, Tensor ids, Tensor weights, Tensor assist, Tensor ends, "
-    "int num_experts, str group) -> Tensor",
+    f"int num_experts, str group, {WAITING}) -> Tensor",
     _collect,
     _collect_fake,
 )

@@ -33,6 +33,7 @@ from torch.fx.node import has_side_effect
 from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
 from moe_fx.ops._define import define
+from moe_fx.waiting import TIMEOUT, WAITING, Exchange, of, start, start_and_wait
 
 NOBODY = -1
 """Sizes of rows that no rank of the group sends or receives: nothing is exchanged."""
@@ -46,7 +47,7 @@ class _Pending:
     received: Tensor
     sent: Tensor
     given: int
-    work: Any
+    work: Exchange | None
 
 
 _handles = itertools.count()
@@ -70,13 +71,21 @@ def pending_exchanges() -> int:
 
 
 def _exchange_counts(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
+    counts: Tensor,
+    group: str,
+    plans: str | None = None,
+    timeout: float = 0.0,
+    chunks: int = 1,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
 ) -> Tensor:
     """``counts [C * W * P]``, of each chunk, rank and expert of a slice, to what this rank gets:
     ``[W, C * P]``, of each source, chunk and own expert of a slice.
 
     ``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
     before the group's first exchange with these plans, waiting ``timeout`` seconds for others.
+    ``layer``, ``exchange_timeout``: who waits, in an error, and how long (`moe_fx.waiting`).
     """
     if plans is not None:
         ensure(group, plans, timeout)
@@ -84,12 +93,25 @@ def _exchange_counts(
     world = process_group.size()
     by_rank = counts.view(chunks, world, -1).transpose(0, 1).contiguous()
     received = torch.empty_like(by_rank)
-    dist.all_to_all_single(received, by_rank, group=process_group)
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, by_rank, group=process_group, async_op=async_op
+        ),
+        process_group,
+        counts.device,
+        f"counts of {of(layer)}",
+        exchange_timeout,
+    )
     return received.view(world, -1)
 
 
 def _exchange_counts_fake(
-    counts: Tensor, group: str, plans: str | None = None, timeout: float = 0.0, chunks: int = 1
+    counts: Tensor,
+    group: str,
+    plans: str | None = None,
+    timeout: float = 0.0,
+    chunks: int = 1,
+    **waiting: Any,
 ) -> Tensor:
     return counts.new_empty(counts.shape).view(resolve_group(group).size(), -1)
 
@@ -107,7 +129,15 @@ def _split_sizes_fake(counts: Tensor, recv_counts: Tensor, chunks: int = 1) -> T
     return torch.empty((chunks, 2, recv_counts.shape[0]), dtype=torch.int64, device="cpu")
 
 
-def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+def _all_to_all(
+    rows: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
+) -> Tensor:
     process_group = resolve_group(group)
     send, recv = send_counts.tolist(), recv_counts.tolist()
     given = rows.data_ptr()
@@ -120,10 +150,28 @@ def _all_to_all(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: s
             f"but {rows.shape[0]} rows are given"
         )
     received = rows.new_empty((sum(recv), *rows.shape[1:]))
-    work = dist.all_to_all_single(received, rows, recv, send, group=process_group, async_op=True)
+    work = _start_rows(received, rows, recv, send, process_group, layer, exchange_timeout)
     own = send[process_group.rank()]
     count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return _started(_Pending(received, rows, given, work))
+
+
+def _start_rows(
+    received: Tensor,
+    rows: Tensor,
+    recv: list[int],
+    send: list[int],
+    group: dist.ProcessGroup,
+    layer: str,
+    timeout: float,
+) -> Exchange:
+    return start(
+        lambda: dist.all_to_all_single(received, rows, recv, send, group=group, async_op=True),
+        group,
+        rows.device,
+        f"rows of {of(layer)}",
+        timeout,
+    )
 
 
 def _started(pending: _Pending) -> Tensor:
@@ -132,23 +180,44 @@ def _started(pending: _Pending) -> Tensor:
     return torch.tensor([handle], dtype=torch.int64)
 
 
-def _all_to_all_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+def _all_to_all_fake(
+    rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str, **waiting: Any
+) -> Tensor:
     return torch.empty((1,), dtype=torch.int64, device="cpu")
 
 
-def _exchange(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+def _exchange(
+    rows: Tensor,
+    send_counts: Tensor,
+    recv_counts: Tensor,
+    group: str,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
+) -> Tensor:
     """``all_to_all`` and its ``wait`` in one, on the stream that is current: for compilers that put
     a whole exchange on a stream of its own."""
     send, recv = send_counts.tolist(), recv_counts.tolist()
     process_group = resolve_group(group)
     received = rows.new_empty((sum(recv), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), recv, send, group=process_group)
+    rows = rows.contiguous()
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, rows, recv, send, group=process_group, async_op=async_op
+        ),
+        process_group,
+        rows.device,
+        f"rows of {of(layer)}",
+        exchange_timeout,
+    )
     own = send[process_group.rank()]
     count_bytes(group, (rows.shape[0] - own) * rows[0:1].numel() * rows.element_size())
     return received
 
 
-def _exchange_fake(rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str) -> Tensor:
+def _exchange_fake(
+    rows: Tensor, send_counts: Tensor, recv_counts: Tensor, group: str, **waiting: Any
+) -> Tensor:
     """Of two rows or more, for the compiler's sake: torchair asks of every size whether it is 0.
     Nothing in a graph around it depends on that."""
     return rows.new_empty((data_dependent_size(least=2), *rows.shape[1:]))
@@ -174,7 +243,9 @@ def _wait(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
+    **waiting: Any,
 ) -> Tensor:
+    """``waiting``: ``layer`` and ``exchange_timeout``, of the gradient's exchange."""
     pending = _pending.pop(int(handle), None)
     if pending is None:
         raise RuntimeError(
@@ -197,6 +268,7 @@ def _wait_fake(
     recv_counts: Tensor,
     group: str,
     num_rows: int | None = None,
+    **waiting: Any,
 ) -> Tensor:
     size = data_dependent_size() if num_rows is None else num_rows
     return sent.new_empty((size, *sent.shape[1:]))
@@ -213,25 +285,29 @@ def _wait_after_fake(*args: Any) -> Tensor:
     return _wait_fake(*args[:-1])
 
 
-def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _wait_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     _handle, sent, send_counts, recv_counts, group, _num_rows = inputs
     ctx.save_for_backward(send_counts, recv_counts)
     ctx.group, ctx.num_sent = group, sent.shape[0]
+    layer, timeout = keyword_only_inputs["layer"], keyword_only_inputs["exchange_timeout"]
+    ctx.waiting = {"layer": f"{of(layer)}, backward", "exchange_timeout": timeout}
 
 
 def _wait_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     send_counts, recv_counts = ctx.saved_tensors
     grad = grad.contiguous()
-    handle = torch.ops.moe_fx.all_to_all(grad, recv_counts, send_counts, ctx.group)
+    handle = torch.ops.moe_fx.all_to_all(grad, recv_counts, send_counts, ctx.group, **ctx.waiting)
     returned = torch.ops.moe_fx.wait(
-        handle, grad, recv_counts, send_counts, ctx.group, ctx.num_sent
+        handle, grad, recv_counts, send_counts, ctx.group, ctx.num_sent, **ctx.waiting
     )
     return None, returned, None, None, None, None
 
 
 define(
     "exchange_counts(Tensor counts, str group, str? plans=None, float timeout=0.0, "
-    "int chunks=1) -> Tensor",
+    f"int chunks=1, {WAITING}) -> Tensor",
     _exchange_counts,
     _exchange_counts_fake,
 )
@@ -241,7 +317,8 @@ define(
     _split_sizes_fake,
 )
 define(
-    "all_to_all(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
+    "all_to_all(Tensor rows, Tensor send_counts, Tensor recv_counts, str group, "
+    f"{WAITING}) -> Tensor",
     _all_to_all,
     _all_to_all_fake,
     any_layout=True,
@@ -251,13 +328,14 @@ has_side_effect(torch.ops.moe_fx.keep.default)
 define("agree(Tensor[] tensors, str group, str plans, float timeout) -> ()", _agree, _agree_fake)
 has_side_effect(torch.ops.moe_fx.agree.default)
 define(
-    "exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group) -> Tensor",
+    "exchange(Tensor rows, Tensor send_counts, Tensor recv_counts, str group, "
+    f"{WAITING}) -> Tensor",
     _exchange,
     _exchange_fake,
 )
 define(
     "wait(Tensor handle, Tensor sent, Tensor send_counts, Tensor recv_counts, str group, "
-    "SymInt? num_rows=None) -> Tensor",
+    f"SymInt? num_rows=None, {WAITING}) -> Tensor",
     _wait,
     _wait_fake,
     backward=_wait_backward,

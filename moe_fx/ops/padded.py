@@ -31,6 +31,7 @@ from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.experts import regroup_backward, regroup_setup
+from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 INT = torch.int64
 
@@ -258,11 +259,17 @@ def _rank_slices_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _even_sizes(
-    pieces: list[Tensor], group: str, plans: str | None = None, timeout: float = 0.0
+    pieces: list[Tensor],
+    group: str,
+    plans: str | None = None,
+    timeout: float = 0.0,
+    *,
+    layer: str = "",
+    exchange_timeout: float = TIMEOUT,
 ) -> Tensor:
     """``[M, W]`` on the host, of pieces that go in equal parts to every rank: the rows of a part.
     Raises on every rank if ranks have other numbers, so that no exchange of them can hang.
-    ``plans``, ``timeout``: as of ``exchange_counts``."""
+    ``plans``, ``timeout``, ``layer``, ``exchange_timeout``: as of ``exchange_counts``."""
     if plans is not None:
         ensure(group, plans, timeout)
     process_group = resolve_group(group)
@@ -272,7 +279,15 @@ def _even_sizes(
     # Filled there, not copied there: a copy from the host could not be captured.
     sent = torch.cat([torch.full((world, 1), size, device=device) for size in own], 1)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=process_group)
+    start_and_wait(
+        lambda async_op: dist.all_to_all_single(
+            received, sent, group=process_group, async_op=async_op
+        ),
+        process_group,
+        device,
+        f"sizes of {of(layer)}",
+        exchange_timeout,
+    )
     _require(
         (received == sent).all(),
         f"moe_fx::even_sizes: rank {process_group.rank()} exchanges parts of {own} rows, "
@@ -283,7 +298,11 @@ def _even_sizes(
 
 
 def _even_sizes_fake(
-    pieces: list[Tensor], group: str, plans: str | None = None, timeout: float = 0.0
+    pieces: list[Tensor],
+    group: str,
+    plans: str | None = None,
+    timeout: float = 0.0,
+    **waiting: Any,
 ) -> Tensor:
     return torch.empty((len(pieces), resolve_group(group).size()), dtype=INT, device="cpu")
 
@@ -330,7 +349,8 @@ define(
     setup_context=_rank_slices_setup,
 )
 define(
-    "even_sizes(Tensor[] pieces, str group, str? plans=None, float timeout=0.0) -> Tensor",
+    "even_sizes(Tensor[] pieces, str group, str? plans=None, float timeout=0.0, "
+    f"{WAITING}) -> Tensor",
     _even_sizes,
     _even_sizes_fake,
 )

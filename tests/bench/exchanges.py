@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -80,7 +81,7 @@ class Recording:
 
 
 class _Done:
-    def wait(self) -> bool:
+    def wait(self, timeout: timedelta | None = None) -> bool:
         return True
 
 
@@ -133,9 +134,9 @@ class _Waited:
     work: Any
     waits: list[tuple[float, float]]
 
-    def wait(self) -> Any:
+    def wait(self, timeout: timedelta | None = None) -> Any:
         start = time.perf_counter()
-        result = self.work.wait()
+        result = self.work.wait() if timeout is None else self.work.wait(timeout)
         self.waits.append((start, time.perf_counter()))
         return result
 

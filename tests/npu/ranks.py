@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx import agree, compat
+from moe_fx import agree, compat, presence
 from moe_fx.ascend import npu, reference
 from moe_fx.ascend.compile import NpuGraphPass
 from moe_fx.ascend.device_pass import DevicePass
@@ -192,7 +192,7 @@ def _first(run: Callable[..., T], rank: int, *args: Any, **fields: Any) -> T | N
     group = dist.new_group(backend="hccl")
     assert group is not None
     if rank > 0:
-        compat.group_store(group).set(agree.store_key(group, f"link/npu/{rank}"), "here")
+        compat.group_store(group).set(presence.store_key(group, f"link/npu/{rank}"), "here")
         return None
     own = agree._key
     with mock.patch.object(agree, "_key", lambda group, _, *what: own(group, 0, *what)):

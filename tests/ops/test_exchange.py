@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -393,7 +394,10 @@ def overlapped(
 
 class _Late:
     def __init__(self, finish: Callable[[], Any]) -> None:
-        self.wait = finish
+        self.finish = finish
+
+    def wait(self, timeout: timedelta | None = None) -> Any:
+        return self.finish()
 
 
 @contextlib.contextmanager
