@@ -27,6 +27,7 @@ from moe_fx.errors import (  # noqa: E402
     DeclinedLayerWarning,
     MoeFxError,
     NothingMatched,
+    RankMissing,
     RanksDiffer,
 )
 from moe_fx.estimate import inductor_runtime_estimation  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "MoeFxError",
     "NothingMatched",
     "Options",
+    "RankMissing",
     "RanksDiffer",
     "Region",
     "Report",
