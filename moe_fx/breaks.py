@@ -48,7 +48,7 @@ def broken(reason: str, stack: Sequence[traceback.FrameSummary], hides: tuple[st
     return Break(_in_short(reason), source, hides, advice=_advice(reason, stack, hides))
 
 
-def given_up(error: Exception) -> Break:
+def given_up(error: BaseException) -> Break:
     """A function of which nothing is compiled, by the exception that says why."""
     graph = frame_graph(error)
     error = _first(error)

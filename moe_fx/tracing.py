@@ -89,7 +89,7 @@ class Frame:
     seen: Seen
     code: CodeType
     by_ddp: bool
-    before: dict[str, bool] | None = None
+    before: dict[str, Any] | None = None
     obstacle: Break | None = None
     declined: list[Declined] = field(default_factory=list)
 
@@ -117,7 +117,7 @@ def outside() -> Iterator[None]:
         return
     before = frame.before
     try:
-        with config.patch(**before):
+        with config.patch(before):
             yield
     except CaptureAgain:
         frame.before = None
@@ -199,7 +199,7 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
     if not fullgraph and not frame.by_ddp and not all(getattr(config, n) for n in _SIZES):
         frame.before = {name: getattr(config, name) for name in _SIZES}
         try:
-            with config.patch(**dict.fromkeys(_SIZES, True)):
+            with config.patch(dict.fromkeys(_SIZES, True)):
                 result = _within(frame, go_on)
             _end_of_model(frame, owner, result)
             return result
