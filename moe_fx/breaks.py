@@ -15,7 +15,7 @@ from moe_fx.compat import BREAKS, frame_graph
 from moe_fx.passes.selectors import op_name
 from moe_fx.region import Break, frames_of, source_of
 
-__all__ = ["broken", "cut", "given_up", "joined"]
+__all__ = ["DDP_CUTS", "broken", "cut", "given_up", "joined"]
 
 _SELECTS = frozenset(("topk", "argmax", "max", "sort", "argsort"))
 _DISPATCHES = frozenset(
@@ -31,6 +31,8 @@ _NO_TEST = (
 )
 _TRANSFORMERS = "transformers/integrations/moe.py"
 _OTHER_EXPERTS = 'transformers captures with experts_implementation="grouped_mm" or "batched_mm".'
+DDP_CUTS = "DDPOptimizer"
+"""In the reason that Dynamo gives for a cut by DDP's optimiser."""
 _DDP = (
     "DistributedDataParallel's optimiser cuts each graph where one of its buckets of gradients ends"
 )
@@ -46,7 +48,7 @@ def broken(reason: str, stack: Sequence[traceback.FrameSummary], hides: tuple[st
     return Break(_in_short(reason), source, hides, advice=_advice(reason, stack, hides))
 
 
-def given_up(error: Exception) -> Break:
+def given_up(error: BaseException) -> Break:
     """A function of which nothing is compiled, by the exception that says why."""
     graph = frame_graph(error)
     error = _first(error)

@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeVar
 from torch._dynamo import config
 from torch.fx import Graph, GraphModule
 
-from moe_fx.breaks import broken, cut, given_up
+from moe_fx.breaks import DDP_CUTS, broken, cut, given_up, joined
 from moe_fx.compat import (
     BREAKS,
     BackendFailed,
@@ -43,7 +43,7 @@ from moe_fx.compat import (
     resumes,
 )
 from moe_fx.errors import NothingMatched
-from moe_fx.passes.recognise import LEAVES
+from moe_fx.passes.recognise import AT_BREAK, LEAVES
 from moe_fx.region import Break, Declined
 from moe_fx.report import Report
 from moe_fx.strict import refuse_missed, refuse_model
@@ -84,16 +84,14 @@ class Seen:
 class Frame:
     """A Python frame that Dynamo is converting. before: of Dynamo's configuration, what is changed
     while it traces; None where nothing is. obstacle: why it was given up with data-dependent sizes.
-    declined: the candidates in the graph that had such sizes in vain. pieces: how many DDP's
-    optimiser has cut off."""
+    declined: the candidates in the graph that had such sizes in vain."""
 
     seen: Seen
     code: CodeType
     by_ddp: bool
-    before: dict[str, bool] | None = None
+    before: dict[str, Any] | None = None
     obstacle: Break | None = None
     declined: list[Declined] = field(default_factory=list)
-    pieces: int = 0
 
 
 _current: ContextVar[Frame | None] = ContextVar("moe_fx_frame", default=None)
@@ -119,7 +117,7 @@ def outside() -> Iterator[None]:
         return
     before = frame.before
     try:
-        with config.patch(**before):
+        with config.patch(before):
             yield
     except CaptureAgain:
         frame.before = None
@@ -151,14 +149,17 @@ def note_breaks(module: GraphModule, report: Report) -> None:
         if frame.obstacle is not None and frame.obstacle.hides:
             report.breaks.append(frame.obstacle)
             frame.obstacle = None
-    left = tuple(dict.fromkeys(d.source for d in report.declined if LEAVES in d.reason))
+    left = tuple(
+        dict.fromkeys(
+            d.source for d in report.declined if LEAVES in d.reason or AT_BREAK in d.reason
+        )
+    )
     ended = getattr(module, "compile_subgraph_reason", None)
     if ended is not None and ended.graph_break:
-        report.breaks.append(broken(ended.reason, ended.user_stack, left))
-    elif ended is None and frame is not None and frame.by_ddp:
-        frame.pieces += 1
-        if left or frame.pieces == 1:
-            report.breaks.append(cut(frame.code, left))
+        if frame is not None and frame.by_ddp and DDP_CUTS in ended.reason:
+            report.breaks = joined([*report.breaks, cut(frame.code, left)])
+        else:
+            report.breaks.append(broken(ended.reason, ended.user_stack, left))
     if frame is not None:
         _tell_more(report, frame)
 
@@ -198,7 +199,7 @@ def _convert(backend: Any, fullgraph: bool, code: CodeType, go_on: Callable[[], 
     if not fullgraph and not frame.by_ddp and not all(getattr(config, n) for n in _SIZES):
         frame.before = {name: getattr(config, name) for name in _SIZES}
         try:
-            with config.patch(**dict.fromkeys(_SIZES, True)):
+            with config.patch(dict.fromkeys(_SIZES, True)):
                 result = _within(frame, go_on)
             _end_of_model(frame, owner, result)
             return result

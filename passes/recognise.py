@@ -226,6 +226,8 @@ def _furthest(refusals: list[Refusal], selection: Selection, of: dict[Node, Role
 
 LEAVES = "leave the graph"
 """In the reason of a refusal: the rest of the layer, if it is one, is not in this graph."""
+AT_BREAK = "graph break at"
+"""In the reason of a refusal: there the graph ends, within the layer."""
 
 
 def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
@@ -240,7 +242,7 @@ def _leaving(output: Node, selection: Selection, of: dict[Node, Role]) -> str:
     where = output.meta.get("graph_break")
     if where is None:
         return f"{left}, for what is not compiled with it"
-    return f"{left}, for what is behind the graph break at {where}"
+    return f"{left}, for what is behind the {AT_BREAK} {where}"
 
 
 def _is_selected(node: Node, selection: Selection) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import config
 
@@ -364,6 +365,40 @@ def test_transformers_loop_over_experts_is_named_with_the_way_out() -> None:
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
         assert relative_error(wanted, call(ids, use_cache=False).logits) < 1e-5
+
+
+class Wide(nn.Module):
+    """Layers of which each fills a bucket of DDP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 4)
+        self.up = nn.Parameter(torch.randn(4, 64, 1500))
+        self.down = nn.Parameter(torch.randn(4, 1500, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        rows = torch.relu(torch.einsum("th,tkhi->tki", x, self.up[ids]))
+        rows = torch.einsum("tki,tkih->tkh", rows, self.down[ids])
+        return x + (rows * weights[..., None]).sum(1)
+
+
+def test_what_ddp_cuts_is_named_with_the_way_out() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(
+            nn.Sequential(Wide(), Wide(), Wide()), bucket_cap_mb=2
+        )
+        report = moe_fx.explain(model, torch.randn(12, 64))
+        assert not report.regions
+        (found,) = report.breaks
+        assert "DistributedDataParallel" in found.reason and found.hides
+        assert "torch._dynamo.config.optimize_ddp = False" in found.advice
+        with config.patch(optimize_ddp=False):
+            report = moe_fx.explain(model, torch.randn(12, 64))
+        assert report.regions and not report.missed and not report.breaks
+    finally:
+        dist.destroy_process_group()
 
 
 # -- strict ----------------------------------------------------------------------------------------
