@@ -9,11 +9,11 @@ import sys
 
 import torch
 
-from moe_fx.supported import require_supported_torch
+from moe_fx.supported import check_torch
 
 __version__ = "0.1.0"
 
-require_supported_torch(torch.__version__)
+check_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
 from moe_fx.dispatcher import (  # noqa: E402

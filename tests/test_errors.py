@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 import moe_fx
 from moe_fx.backend import check_devices
 from moe_fx.options import parse_options
-from moe_fx.supported import require_supported_torch
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block
 
@@ -86,17 +85,6 @@ def test_strict_with_a_declined_candidate_names_reason_and_line() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(moe_fx.ConfigurationError, match=re.escape(said)):
         parse_options(options)
-
-
-@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cu130"])
-def test_unsupported_torch_is_refused(version: str) -> None:
-    with pytest.raises(ImportError, match=f"torch {re.escape(version)} is installed"):
-        require_supported_torch(version)
-
-
-@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0", "2.13.0+cpu"])
-def test_supported_torch_is_accepted(version: str) -> None:
-    assert require_supported_torch(version) is None
 
 
 @pytest.mark.parametrize("name", ["post_grad_custom_pre_pass", "reorder_for_locality"])
