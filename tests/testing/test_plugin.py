@@ -8,8 +8,6 @@ from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
-
 from moe_fx.testing import RankPool
 
 ROOT = Path(__file__).parents[2]
