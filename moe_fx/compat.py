@@ -1,6 +1,6 @@
 """Every private torch import of the project, so that a torch release breaks one file.
 
-Checked on torch 2.11 (CUDA) and 2.13 (CPU).
+Which releases it was run on: `moe_fx.supported`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
     "DYNAMO_SIGNALS",
+    "GIVE_OTHER_STORAGE",
     "INFERENCE_MODE",
     "AutocastKey",
     "CustomGraphPass",
@@ -119,6 +120,12 @@ def data_dependent_size(least: int = 0) -> SymInt | int:
     own graph has no such op; ours are put in later.
     """
     return allocate_size(get_ctx()._shape_env, min_val=least)
+
+
+GIVE_OTHER_STORAGE: frozenset[Any] = frozenset(
+    (torch.Tensor.set_, "set_", getattr(torch.ops.aten, "shallow_copy_data_", None))
+)
+"""What Dynamo writes for ``parameter.data = other``: the last from torch 2.14 on."""
 
 
 class NoExport(Exception):

@@ -109,7 +109,9 @@ def signs(module: GraphModule, *, certain: bool = False) -> Iterator[Node]:
 
 
 def _op_name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    """Of ``ids == 1`` too, which is the method ``__eq__`` in Dynamo's graphs of torch 2.11."""
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    return name.removeprefix("__").removesuffix("__")
 
 
 def _is_node(argument: Any) -> bool:
