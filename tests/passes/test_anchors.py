@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_fx
-from moe_fx.compat import graph_breaks
 from moe_fx.passes.anchors import find_anchors
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.passes.selection import select
@@ -304,10 +303,15 @@ class CastsItsRouter(GivesAParameterOtherStorage):
         return self.gate(x).softmax(-1)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("layer", [GivesAParameterOtherStorage, CastsItsRouter])
+ONE_GRAPH = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="torch 2.11 runs module.to() outside of the graph"
+)
+
+
+@pytest.mark.parametrize(
+    "layer", [GivesAParameterOtherStorage, pytest.param(CastsItsRouter, marks=ONE_GRAPH)]
+)
 def test_a_graph_with_no_functional_form_is_declined(layer: type[Grouped]) -> None:
-    if graph_breaks(layer(), tokens(12, 32)):
-        pytest.skip("this torch breaks the graph there (2.11)")
     report = moe_fx.explain(layer(), tokens(12, 32))
     assert report.regions == []
     (declined,) = report.declined
