@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from moe_fx.supported import RAN, check_torch, check_transformers
 
@@ -67,3 +68,16 @@ def test_the_package_asks_for_what_it_was_run_on(package: str, refused: str) -> 
     assert all(getattr(ran, package) in found.specifier for ran in RAN)
     assert refused not in found.specifier
     assert ("2.99" in found.specifier) is (package == "torch")
+
+
+def test_the_page_says_what_was_run() -> None:
+    page = (ROOT / "docs" / "limits.md").read_text()
+    for ran in RAN:
+        tests = "the default suite" if ran.tests == "tests" else f"`{ran.tests}`"
+        assert f"| {ran.torch} | {ran.transformers} | {tests}" in page
+
+
+def test_the_first_and_the_last_that_were_run_are_the_oldest_and_the_newest() -> None:
+    """`.ci/versions --smoke` takes these."""
+    order = sorted(RAN, key=lambda ran: [Version(ran.torch), Version(ran.transformers)])
+    assert list(RAN) == order
