@@ -26,9 +26,16 @@ class Ran:
     tests: str
 
 
+_SHARDS = (
+    "tests/passes/test_id_bounds.py tests/test_shard.py "
+    "--deselect=tests/test_shard.py::test_one_graph_with_one_gather_a_weight"
+)
+"""transformers 5.17 itself does not compile the deselected one: its ``grouped_mm_fallback`` asks for
+the number of an expert's rows."""
+
 RAN = (
     Ran("2.11.0", "5.24.0", "tests"),
-    Ran("2.13.0", "5.17.0", "tests/test_shard.py tests/passes/test_id_bounds.py"),
+    Ran("2.13.0", "5.17.0", _SHARDS),
     Ran("2.13.0", "5.24.0", "tests"),
     Ran("2.14.1", "5.24.0", "tests"),
 )
