@@ -30,8 +30,8 @@ _SHARDS = (
     "tests/passes/test_id_bounds.py tests/test_shard.py "
     "--deselect=tests/test_shard.py::test_one_graph_with_one_gather_a_weight"
 )
-"""transformers 5.17 itself does not compile the deselected one: its ``grouped_mm_fallback`` asks for
-the number of an expert's rows."""
+"""transformers 5.17 itself does not compile the deselected one: ``grouped_mm_fallback`` asks for
+how many rows an expert has."""
 
 RAN = (
     Ran("2.11.0", "5.24.0", "tests"),
