@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "AUTOGRAD_COLLECTIVES",
     "DYNAMO_SIGNALS",
     "GIVE_OTHER_STORAGE",
     "INFERENCE_MODE",
@@ -428,6 +429,16 @@ def decomposed(node: Node) -> GraphModule | None:
     with enable_python_dispatcher():
         return make_fx(call, table, tracing_mode="real")(*values)
 
+
+AUTOGRAD_COLLECTIVES: Mapping[OpOverload, OpOverload] = {
+    getattr(torch.ops._c10d_functional_autograd, name).default: getattr(
+        torch.ops._c10d_functional, name
+    ).default
+    for name in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    if hasattr(torch.ops._c10d_functional_autograd, name)
+}
+"""Collectives that have a name of their own for where they are differentiated (torch 2.11), and the
+op that each of them calls, with the same arguments."""
 
 AutocastKey = Any
 """A dispatch key: autocast of one device type."""
