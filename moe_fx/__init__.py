@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from moe_fx.supported import require_supported_torch
+from moe_fx.supported import check_torch
 from moe_fx.version import __version__
 
-require_supported_torch(torch.__version__)
+check_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
 from moe_fx.dispatcher import (  # noqa: E402

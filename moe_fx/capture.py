@@ -15,7 +15,12 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.autocast import Regions
 from moe_fx.bodies import note_outside, path_of
-from moe_fx.compat import NoExport, export_functional, is_traceable_wrapper_subclass
+from moe_fx.compat import (
+    GIVE_OTHER_STORAGE,
+    NoExport,
+    export_functional,
+    is_traceable_wrapper_subclass,
+)
 from moe_fx.grad_modes import without_inference_mode
 from moe_fx.naming import name_inputs
 from moe_fx.opaque import hide, restore
@@ -24,7 +29,6 @@ from moe_fx.passes.gathers import merge_gathers
 from moe_fx.region import Declined, source_of
 
 _MOST_KEPT = 1 << 16
-_STORAGE_OPS = (torch.Tensor.set_, "set_")
 
 
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
@@ -70,8 +74,8 @@ def _check_functional(module: GraphModule) -> None:
     """``module.to(dtype)`` within a forward gives a parameter other storage (Switch Transformers):
     AOT has no functional form of that."""
     for node in module.graph.nodes:
-        if node.op in ("call_function", "call_method") and node.target in _STORAGE_OPS:
-            reason = "the graph gives a parameter other storage (Tensor.set_), as module.to() does"
+        if node.op in ("call_function", "call_method") and node.target in GIVE_OTHER_STORAGE:
+            reason = f"the graph gives a parameter other storage ({node.name}), as module.to() does"
             raise NotFunctional(Declined(reason, node.name, source_of(node)))
 
 

@@ -1,6 +1,6 @@
 """Every private torch import of the project, so that a torch release breaks one file.
 
-Checked on torch 2.11 (CUDA) and 2.13 (CPU).
+Which releases it was run on: `moe_fx.supported`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode as SelectiveForward
 
 __all__ = [
+    "AUTOGRAD_COLLECTIVES",
     "BREAKS",
     "DYNAMO_SIGNALS",
+    "GIVE_OTHER_STORAGE",
     "INFERENCE_MODE",
     "AutocastKey",
     "BackendFailed",
@@ -155,6 +157,12 @@ def data_dependent_size(least: int = 0) -> SymInt | int:
     own graph has no such op; ours are put in later.
     """
     return allocate_size(get_ctx()._shape_env, min_val=least)
+
+
+GIVE_OTHER_STORAGE: frozenset[Any] = frozenset(
+    (torch.Tensor.set_, "set_", getattr(torch.ops.aten, "shallow_copy_data_", None))
+)
+"""What Dynamo writes for ``parameter.data = other``: the last from torch 2.14 on."""
 
 
 class NoExport(Exception):
@@ -579,6 +587,16 @@ def decomposed(node: Node) -> GraphModule | None:
     with enable_python_dispatcher():
         return make_fx(call, table, tracing_mode="real")(*values)
 
+
+AUTOGRAD_COLLECTIVES: Mapping[OpOverload, OpOverload] = {
+    getattr(torch.ops._c10d_functional_autograd, name).default: getattr(
+        torch.ops._c10d_functional, name
+    ).default
+    for name in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    if hasattr(torch.ops._c10d_functional_autograd, name)
+}
+"""Collectives that have a name of their own for where they are differentiated (torch 2.11), and the
+op that each of them calls, with the same arguments."""
 
 AutocastKey = Any
 """A dispatch key: autocast of one device type."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from moe_fx.compat import AUTOGRAD_COLLECTIVES
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.contraction import parsed
 from moe_fx.passes.decomposed import CHAINS, Spelling
@@ -114,6 +115,10 @@ def _index_put_(node: Node) -> Spelling | None:
     return aten.index_put.default, node.args, dict(node.kwargs)
 
 
+def _same(op: Any) -> Callable[[Node], Spelling]:
+    return lambda node: (op, node.args, node.kwargs)
+
+
 def _prim(op: Any) -> Callable[[Node], Spelling | None]:
     """An elementwise prim is the ATen op on floating operands, of one dtype as prims require."""
 
@@ -185,6 +190,7 @@ SPELLINGS: dict[Any, Callable[[Node], Spelling | None]] = {
     prims.sum.default: _prim_reduction(aten.sum.dim_IntList),
     prims.amax.default: _prim_reduction(aten.amax.default),
     prims.broadcast_in_dim.default: _broadcast_in_dim,
+    **{op: _same(called) for op, called in AUTOGRAD_COLLECTIVES.items()},
 }
 
 

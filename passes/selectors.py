@@ -86,7 +86,6 @@ _CERTAIN_SIGNS = frozenset(
     ("topk", "histc", "bincount", "_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 )
 _SIGNS = _CERTAIN_SIGNS | {"sort", "argsort", "one_hot"}
-_EQUALS = ("eq", "__eq__")  # the latter as a method: Dynamo of torch 2.11 on Python 3.12
 
 
 def may_select_experts(module: GraphModule, *, certain: bool = False) -> bool:
@@ -110,7 +109,9 @@ def signs(module: GraphModule, *, certain: bool = False) -> Iterator[Node]:
 
 
 def op_name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    """Of ``ids == 1`` too, which is the method ``__eq__`` in Dynamo's graphs of torch 2.11."""
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    return name.removeprefix("__").removesuffix("__")
 
 
 def _is_node(argument: Any) -> bool:
@@ -134,12 +135,12 @@ def _gathers_matrices(node: Node) -> bool:
 
 def _compares(node: Node) -> bool:
     """``ids == 1`` of integers ``ids`` that are compared with 0 as well."""
-    if op_name(node) not in _EQUALS or len(node.args) < 2 or type(node.args[1]) is not int:
+    if op_name(node) != "eq" or len(node.args) < 2 or type(node.args[1]) is not int:
         return False
     ids = node.args[0]
     if node.args[1] != 1 or not _is_node(ids) or not isinstance(_example(ids), Tensor):
         return False
     return any(
-        op_name(user) in _EQUALS and user.args[0] is ids and user.args[1] == 0
+        op_name(user) == "eq" and user.args[0] is ids and user.args[1] == 0
         for user in ids.users  # type: ignore[union-attr]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch.fx import GraphModule
 
 import moe_fx
 from moe_fx.backend import check_devices
-from moe_fx.supported import require_supported_torch
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block
 
@@ -70,17 +68,6 @@ def test_strict_with_a_declined_candidate_names_reason_and_line() -> None:
     compiled = torch.compile(sample, backend="moe_fx", options={"strict": True, "base": "eager"})
     with pytest.raises(Exception, match=r"never bring tokens to experts .*test_errors\.py:\d+"):
         compiled(torch.randn(5, 9))
-
-
-@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cu130"])
-def test_unsupported_torch_is_refused(version: str) -> None:
-    with pytest.raises(ImportError, match=f"torch {re.escape(version)} is installed"):
-        require_supported_torch(version)
-
-
-@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0", "2.13.0+cpu"])
-def test_supported_torch_is_accepted(version: str) -> None:
-    assert require_supported_torch(version) is None
 
 
 @pytest.mark.parametrize("name", ["post_grad_custom_pre_pass", "reorder_for_locality"])

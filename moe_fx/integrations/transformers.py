@@ -8,7 +8,7 @@ stored one by one, and for a parameter that is a DTensor reads only the local sh
 weights are read until just after transformers has finished them (missing keys, ties); then they
 become what `shard_experts` makes of them.
 
-Checked on transformers 5.17 and 5.23.
+Which releases it has been run on: `moe_fx.supported`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -31,6 +32,7 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
 from moe_fx.integrations.expert_parallel import register
+from moe_fx.supported import check_transformers
 from moe_fx.unshard import install
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sharded_loading"]
 
+check_transformers(transformers.__version__)
 register()
 
 

@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     generating = (str(_FOLDER / "test_generate.py"), "-n", "3")
     failed = _pytest([str(python)], [*generating, *arguments], here)
     failed |= _pytest([str(python)], [str(_FOLDER / "test_opened.py"), "-n", "0", *arguments], here)
+    failed |= _pytest([str(python)], [str(_ROOT / "tests/docs"), "-n", "0", *arguments], here)
     printed = subprocess.run(
         [str(python), "-c", _PRINT_NPU], cwd=_ROOT, check=True, capture_output=True, text=True
     ).stdout.split()

