@@ -29,6 +29,7 @@ from moe_fx.passes.anchors import Anchor, find_anchors
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.by_value import Readings
 from moe_fx.passes.canonical import canonical
+from moe_fx.passes.expert_choice import REASON, experts_choose
 from moe_fx.passes.flow import closure
 from moe_fx.passes.lineage import trace
 from moe_fx.passes.names import activation_name, has_shared_expert
@@ -103,6 +104,9 @@ def _nearer(by_rules: Refusal, by_value: Refusal) -> Refusal:
 def declined(node: Node, refusal: Refusal) -> Declined:
     forms = ("", "", "grouped_mm", "batched_mm", "grouped_mm", "grouped_mm", "dense")
     reason = refusal.reason
+    chosen = refusal.no_experts and experts_choose(node)
+    if chosen:
+        reason = REASON
     if node.op == "placeholder":
         outside = f"the expert ids come from outside of this graph ({node.name})"
         reason = outside if refusal.unknown else f"{outside}, and {reason}"
@@ -111,7 +115,7 @@ def declined(node: Node, refusal: Refusal) -> Declined:
         node=refusal.node.name,
         source=source_of(refusal.node) or source_of(node),
         nearest_form=forms[refusal.progress],
-        reads_experts=node.op == "placeholder" or not refusal.no_experts,
+        reads_experts=chosen or node.op == "placeholder" or not refusal.no_experts,
     )
 
 

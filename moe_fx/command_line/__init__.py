@@ -195,7 +195,8 @@ def explain_command(
         for path, write in ((json, report.to_json), (html, report.to_html)):
             if path is not None:
                 _write(path, write)
-    raise typer.Exit(0 if report.regions and not (strict and report.missed) else 1)
+    may_be_missed = report.missed or report.hidden
+    raise typer.Exit(0 if report.regions and not (strict and may_be_missed) else 1)
 
 
 @app.command("bench")

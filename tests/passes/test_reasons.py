@@ -228,3 +228,42 @@ def test_a_table_that_chance_makes_is_named() -> None:
 
     (declined,) = explained(model).declined
     assert "made by chance (aten.dropout.default)" in declined.reason
+
+
+def _chosen_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[E, C]``: each expert's share of what a token scores, and the tokens that it takes."""
+    return torch.softmax(x @ GATE.t(), -1).t().topk(3)
+
+
+def expert_choice_by_index(x: Tensor) -> Tensor:
+    weights, tokens = _chosen_tokens(x)
+    rows = torch.bmm(torch.relu(torch.bmm(x[tokens], W1)), W2) * weights[..., None]
+    return torch.zeros_like(x).index_add(0, tokens.reshape(-1), rows.flatten(0, 1))
+
+
+def expert_choice_by_one_hot(x: Tensor) -> Tensor:
+    weights, tokens = _chosen_tokens(x)
+    places = F.one_hot(tokens, x.shape[0]).to(x.dtype)
+    rows = torch.bmm(torch.relu(torch.bmm(torch.einsum("ect,th->ech", places, x), W1)), W2)
+    return torch.einsum("ect,ec,ech->th", places, weights, rows)
+
+
+@pytest.mark.parametrize("layer", [expert_choice_by_index, expert_choice_by_one_hot])
+def test_experts_that_choose_their_tokens_are_a_missed_layer(
+    layer: Callable[[Tensor], Tensor],
+) -> None:
+    report = moe_fx.explain(layer, X)
+    (missed,) = report.missed
+    assert missed.reason.startswith("experts choose their tokens here")
+    with pytest.raises(moe_fx.NothingMatched, match="experts choose their tokens"):
+        torch.compile(layer, backend="moe_fx", options={"base": "eager", "strict": True})(X)
+
+
+def test_attention_to_tokens_that_each_head_selects_is_no_missed_layer() -> None:
+    """Scores ``[heads, T]``, and a matrix for each head: but nothing is put back by the indices."""
+
+    def attention(x: Tensor) -> Tensor:
+        _, tokens = (x @ GATE.t()).t().topk(3)
+        return torch.bmm(x[tokens], W1).sum(1)
+
+    assert moe_fx.explain(attention, X).missed == []
