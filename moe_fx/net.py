@@ -26,7 +26,7 @@ from moe_fx.compat import (
     forgetting_new_sizes,
     trace_artefact,
 )
-from moe_fx.errors import BadInput, ConfigurationError, NothingMatched, RanksDiffer
+from moe_fx.errors import BadInput, ConfigurationError, NothingMatched, RankMissing, RanksDiffer
 from moe_fx.passes.selectors import signs
 from moe_fx.region import Declined, source_of
 from moe_fx.report import Report
@@ -36,7 +36,7 @@ __all__ = ["VARIABLE", "groups_in", "log_report", "net", "trace_graph"]
 log = logging.getLogger("moe_fx")
 
 VARIABLE = "MOE_FX_NET"
-_ON_PURPOSE = (BadInput, ConfigurationError, NothingMatched, RanksDiffer)
+_ON_PURPOSE = (BadInput, ConfigurationError, NothingMatched, RankMissing, RanksDiffer)
 _HOW_TO_REPORT = (
     "This is a bug of moe_fx; the graph is compiled as without moe_fx. Please report it with this "
     "report (to_json), the versions of torch and moe_fx, and the model if you can"
