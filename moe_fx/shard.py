@@ -17,16 +17,18 @@ gathers them again, does not, and moe_fx's compiled graphs have none.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from moe_fx.checkpoint import assign, read
-from moe_fx.expert_parameters import block, expert_parameters, likely_experts, slots
+from moe_fx.expert_parameters import Slot, expert_parameters, likely_experts, slots
 from moe_fx.groups import require_group
+from moe_fx.shards import as_shard, block, retire
 from moe_fx.unshard import install
 
 __all__ = ["expert_parameter_bytes", "shard_experts"]
@@ -63,13 +65,32 @@ def shard_experts(
     group = require_group(group)
     targets = expert_parameters(model, group, params)
     weights = {} if checkpoint is None else read(model, group, targets, Path(checkpoint))
-    for param in {id(target.tensor): target.tensor for target in targets}.values():
-        param.grad = None
-        rows = param.data[block(param.shape[0], group)]
-        param.data = rows.clone(memory_format=torch.contiguous_format)
-    install(targets, group)
-    assign(model, weights)
+    _cut(targets, group)
+    assign(model, weights, group)
     return model
+
+
+def _cut(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
+    """Each target, whole, becomes this rank's shard, and reads as the whole."""
+    shards: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for target in targets:
+        param: Any = target.tensor
+        if id(param) not in shards:
+            rows = param.data[block(param.shape[0], group)]
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            shards[id(param)] = as_shard(rows, group, requires_grad=param.requires_grad)
+            retire(param, shards[id(param)])
+        target.module._parameters[target.name] = shards[id(param)]
+    read_whole(targets, group)
+
+
+def read_whole(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
+    """Make each target, which is a shard, read as the whole."""
+    names: dict[nn.Module, list[str]] = {}
+    for target in targets:
+        names.setdefault(target.module, []).append(target.name)
+    for module, of_module in names.items():
+        install(module, of_module, group)
 
 
 def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:
@@ -82,8 +103,9 @@ def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:
     whole: dict[int, int] = {}
     for slot in slots(model):
         if slot.unshard is not None:
-            held[id(slot.tensor)] = slot.tensor.nbytes
-            whole[id(slot.tensor)] = slot.tensor.nbytes * slot.unshard.group_size
+            table: Any = slot.tensor
+            held[id(table)] = table.to_local().nbytes
+            whole[id(table)] = table.numel() * table.element_size()
     for slot in likely_experts(model):
         held[id(slot.tensor)] = whole[id(slot.tensor)] = slot.tensor.nbytes
     return sum(held.values()), sum(whole.values())

@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from moe_fx.checkpoint import open_safetensors
 from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
 from moe_fx.integrations.expert_parallel import register
-from moe_fx.unshard import install
+from moe_fx.shard import read_whole
+from moe_fx.shards import as_shard, block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +67,7 @@ def sharded_loading(
 
     def finish_shards(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         result = finish(model, *args, **kwargs)
-        _take(placed, group)
+        read_whole(placed, group)
         placed.clear()
         return result
 
@@ -94,33 +93,11 @@ def _place(targets: list[Slot], group: dist.ProcessGroup, load_config: Any) -> N
         if id(whole) not in sharded:
             device = _device(load_config.device_map, target.full_name)
             check_device(device, target.full_name, group)
-            local = torch.empty(
-                (whole.shape[0] // group.size(), *whole.shape[1:]), dtype=whole.dtype, device="meta"
+            rows = torch.empty_like(whole[block(whole.shape[0], group)], device="meta")
+            sharded[id(whole)] = as_shard(
+                rows, group, requires_grad=whole.requires_grad, device=device.type
             )
-            table = DTensor.from_local(
-                local,
-                DeviceMesh.from_group(group, device.type),
-                [Shard(0)],
-                run_check=False,
-                shape=whole.shape,
-                stride=whole.stride(),
-            )
-            sharded[id(whole)] = nn.Parameter(table, requires_grad=whole.requires_grad)
         target.module._parameters[target.name] = sharded[id(whole)]
-
-
-def _take(targets: list[Slot], group: dist.ProcessGroup) -> None:
-    """Make each DTensor's local shard the parameter, and its gather what is read."""
-    shards: dict[int, nn.Parameter] = {}
-    for target in targets:
-        table = target.tensor
-        assert isinstance(table, DTensor)
-        if id(table) not in shards:
-            shard = nn.Parameter(table.to_local().detach(), requires_grad=table.requires_grad)
-            shard._is_hf_initialized = True  # type: ignore[attr-defined]
-            shards[id(table)] = shard
-        target.module._parameters[target.name] = shards[id(table)]
-    install(targets, group)
 
 
 def _device(device_map: Any, name: str) -> torch.device:
