@@ -31,7 +31,7 @@ def read(
         )
     cut = {target.full_name for target in targets}
     cut |= {slot.full_name for slot in slots(model) if slot.unshard is not None}
-    if _is_pretrained(model):
+    if is_pretrained(model):
         from moe_fx.integrations.transformers import load_like
 
         loaded = load_like(model, group, cut, checkpoint)
@@ -39,7 +39,7 @@ def read(
     return _read_safetensors(model, group, cut, checkpoint)
 
 
-def _is_pretrained(model: Any) -> bool:
+def is_pretrained(model: Any) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")  # no such model without it
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_fx.checkpoint import assign, read
+from moe_fx.checkpoint import assign, is_pretrained, read
+from moe_fx.data_parallel import leave_to_shards
 from moe_fx.expert_parameters import Slot, expert_parameters, likely_experts, slots
 from moe_fx.groups import require_group
 from moe_fx.shards import as_shard, block, retire
@@ -67,6 +68,7 @@ def shard_experts(
     weights = {} if checkpoint is None else read(model, group, targets, Path(checkpoint))
     _cut(targets, group)
     assign(model, weights, group)
+    adapt(model)
     return model
 
 
@@ -91,6 +93,16 @@ def read_whole(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
         names.setdefault(target.module, []).append(target.name)
     for module, of_module in names.items():
         install(module, of_module, group)
+
+
+def adapt(model: nn.Module) -> None:
+    """Let DDP and ``save_pretrained``, which know nothing of shards, treat those of ``model`` as
+    what they are."""
+    leave_to_shards(model)
+    if is_pretrained(model):
+        from moe_fx.integrations.transformers import save_whole
+
+        save_whole(model)
 
 
 def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:

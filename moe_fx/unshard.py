@@ -42,6 +42,11 @@ class Unshard:
         return self.gather(shard)
 
     def gather(self, shard: Any) -> Tensor:
+        if not isinstance(shard, DTensor):
+            raise ConfigurationError(
+                f"A {type(shard).__name__} stands where a shard of experts (a DTensor) is expected. "
+                "Give torch.func.functional_call shards, such as those of model.named_parameters()."
+            )
         return all_gather_rows(shard.to_local(), self.group_size, self.group_name)
 
 

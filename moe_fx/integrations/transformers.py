@@ -1,4 +1,5 @@
-"""transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), and `sharded_loading`.
+"""transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), `sharded_loading`, and
+``save_pretrained`` of sharded models.
 
 `sharded_loading` loads only this rank's experts with transformers' own loader.
 
@@ -8,7 +9,7 @@ stored one by one, and for a parameter that is a DTensor reads only the local sh
 weights are read until just after transformers has finished them (missing keys, ties); then they
 become what `shard_experts` makes of them.
 
-Checked on transformers 5.17 and 5.23.
+Checked on transformers 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moe_fx.checkpoint import open_safetensors
 from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
 from moe_fx.integrations.expert_parallel import register
-from moe_fx.shard import read_whole
+from moe_fx.shard import adapt, read_whole
 from moe_fx.shards import as_shard, block
+from moe_fx.whole import full_state_dict, meet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["sharded_loading"]
+
+_SAVING = 3600.0  # seconds that a rank waits until rank 0 has written a checkpoint
 
 register()
 
@@ -68,6 +74,7 @@ def sharded_loading(
     def finish_shards(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         result = finish(model, *args, **kwargs)
         read_whole(placed, group)
+        adapt(model)
         placed.clear()
         return result
 
@@ -146,3 +153,29 @@ def load_like(
             "transformers would fill the missing ones with random numbers."
         )
     return loaded
+
+
+def save_whole(model: Any) -> None:
+    """Let ``save_pretrained`` of ``model``, and of transformers models within it, write the whole.
+
+    Every rank calls it, as `full_state_dict`; rank 0 writes. It returns when the files are there.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    save = type(model).save_pretrained
+    arguments = inspect.signature(save).bind(model, *args, **kwargs)
+    given = arguments.arguments.get("state_dict")
+    if given is None:
+        whole = full_state_dict(model)
+    else:
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in given.items()}
+    main = arguments.arguments.get("is_main_process", True) and dist.get_rank() == 0
+    arguments.arguments |= {"state_dict": whole, "is_main_process": main}
+    save(*arguments.args, **arguments.kwargs)
+    meet("finish save_pretrained", _SAVING)
