@@ -7,6 +7,7 @@ many backward passes a step has.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from moe_fx.expert_parameters import slots
 
 __all__ = ["leave_to_shards", "shards_for_data_parallel"]
 
+_WRAPPERS = ("", "_orig_mod.", "base_model.model.")
+"""What a wrapper between DDP and the model (``torch.compile``, PEFT) puts before the names."""
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -63,10 +66,22 @@ class _LeftToShards:
         self.others = others
 
     def __iter__(self) -> Iterator[str]:
+        _refuse_accelerate()
         shards_for_data_parallel(self.model)
         names = [slot.full_name for slot in slots(self.model) if slot.unshard is not None]
-        compiled = [f"_orig_mod.{name}" for name in names]  # DDP(torch.compile(model))
-        return iter([*self.others, *names, *compiled])
+        return iter([*self.others, *(prefix + name for prefix in _WRAPPERS for name in names)])
+
+
+def _refuse_accelerate() -> None:
+    accelerate: Any = sys.modules.get("accelerate.state")
+    if accelerate is not None and accelerate.is_initialized():
+        raise ConfigurationError(
+            "accelerate, which transformers' Trainer trains with, wraps a model whose experts "
+            "moe_fx.shard_experts has sharded in DDP, and would save rank 0's weights and "
+            "optimizer state as the whole. Train it in a loop of your own, with DDP or fully_shard "
+            "(docs/sharding.md), or let transformers shard the experts: from_pretrained(..., "
+            'distributed_config=DistributedConfig(ep_implementation="moe_fx", ...)).'
+        )
 
 
 class _Mean:
