@@ -77,7 +77,9 @@ def expert_parameters(
                 f"shard_experts found no expert parameters in {type(model).__name__}: it looks for "
                 "modules with num_experts, or 'expert' in their name, whose parameters all have "
                 "the shape [experts, ...]. Name them with glob patterns on model.named_parameters"
-                "(), such as params=['*.experts.*']; each must hold one expert per row."
+                "(), such as params=['*.experts.*']; each must hold one expert per row. Or let "
+                "moe_fx find them by what the model computes: "
+                "params=moe_fx.explain(model, *example_args).expert_parameters."
             )
     for target in targets:
         _check(target, group)

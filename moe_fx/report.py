@@ -30,7 +30,8 @@ class Report:
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
     lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
     compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
-    compilation beside the layers, and why."""
+    compilation beside the layers, and why. expert_parameters: of `moe_fx.explain`, the names of the
+    parameters that proved to hold one expert a row, for `moe_fx.shard_experts` (``params=``)."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Report:
     graphs: int = 0
     lowered: list[Lowered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    expert_parameters: list[str] = field(default_factory=list)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -51,6 +53,8 @@ class Report:
         self.graphs += other.graphs
         self.lowered += other.lowered
         self.notes += other.notes
+        known = set(self.expert_parameters)
+        self.expert_parameters += [n for n in other.expert_parameters if n not in known]
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
@@ -75,6 +79,7 @@ class Report:
             "pass_seconds": self.pass_seconds,
             "lowered": [asdict(each) for each in self.lowered],
             "notes": self.notes,
+            "expert_parameters": self.expert_parameters,
         }
 
     def to_text(self) -> str:

@@ -10,8 +10,9 @@ that holds them gathers each once, *leaving* drops them. A loop over the experts
 its weights a different number of times on each rank; a gather a read would hang.
 
 The gradient of a shard is the reduce-scatter of the whole tensor's gradients: summed, not averaged,
-over the ranks. Autograd keeps the gathered weights until backward; gradient checkpointing, which
-gathers them again, does not, and moe_fx's compiled graphs have none.
+over the ranks; in data parallelism their mean (`moe_fx.data_parallel`). Autograd keeps the gathered
+weights until backward; gradient checkpointing, which gathers them again, does not, and moe_fx's
+compiled graphs have none.
 """
 
 from __future__ import annotations
@@ -46,17 +47,20 @@ def shard_experts(
 
     Every rank of the group calls this, and from then on runs the model together with the others.
     Rank r of W keeps the experts from ``r * E / W`` up to ``(r + 1) * E / W``: ``[E, ...]`` becomes
-    ``[E / W, ...]``, a copy, so that the whole tensor is freed. The `Parameter` objects, their
-    ``requires_grad`` and their ties stay; gradients they hold are dropped.
+    ``[E / W, ...]``, a copy, so that the whole tensor is freed. In the module's parameters and its
+    state dict it is a `DTensor`, under the name it had; to read the attribute gathers the whole.
+    These are new `Parameter` objects (``requires_grad`` and ties stay): create the optimizer, wrap
+    and compile afterwards. What other tools make of shards: docs/sharding.md.
 
     group: the ranks that share the experts; default: all ranks.
-    params: glob patterns on full parameter names (``"*.experts.w[123]"``). Default: every direct
-        parameter of a module whose parameters all have the same first size E, one of them being
+    params: glob patterns on full parameter names (``"*.experts.w[123]"``), or the names that
+        ``moe_fx.explain(model, ...).expert_parameters`` has proved. Default: every direct parameter
+        of a module whose parameters all have the same first size E, one of them being
         three-dimensional, if the module's ``num_experts`` is E or its class or path says "expert".
     checkpoint: a safetensors file, or a directory of them, to load the weights from; of the experts
         only this rank's are read. A transformers model's is read with transformers' own
         conversions; any other must have the names of ``model.state_dict()``. The model may be on
-        the meta device: its parameters are then new objects, so create the optimizer afterwards.
+        the meta device.
 
     A model that is already sharded over this group comes back unchanged, but for ``checkpoint``.
     Raises `ConfigurationError`, before anything is changed, if there is no process group, this rank

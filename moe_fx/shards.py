@@ -47,8 +47,8 @@ def _device_of(group: dist.ProcessGroup) -> str:
 
 
 def retire(param: nn.Parameter, shard: nn.Parameter) -> None:
-    """``shard`` takes the place of ``param``: it gets its attributes, and what still holds ``param``
-    (an optimizer made before) an error in place of its gradient. The whole tensor is freed."""
+    """``shard`` takes the place of ``param``: it gets its attributes, and what still holds
+    ``param`` (an optimizer made before) an error for its gradient. The whole tensor is freed."""
     vars(shard).update(vars(param))
     param.grad = None
     param.data = param.data.new_empty(0)

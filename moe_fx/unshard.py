@@ -44,7 +44,7 @@ class Unshard:
     def gather(self, shard: Any) -> Tensor:
         if not isinstance(shard, DTensor):
             raise ConfigurationError(
-                f"A {type(shard).__name__} stands where a shard of experts (a DTensor) is expected. "
+                f"A {type(shard).__name__} stands where a shard of experts, a DTensor, is due. "
                 "Give torch.func.functional_call shards, such as those of model.named_parameters()."
             )
         return all_gather_rows(shard.to_local(), self.group_size, self.group_name)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch._dynamo import register_backend
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 import moe_fx
