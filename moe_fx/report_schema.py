@@ -43,6 +43,7 @@ def _report() -> type[BaseModel]:
         "pass_seconds": dict[str, float],
         "lowered": list[_model(Lowered)],  # type: ignore[misc]
         "notes": list[str],
+        "expert_parameters": list[str],
     }
     return _of_types("Report", types)
 

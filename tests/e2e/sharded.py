@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -270,13 +271,17 @@ def with_accelerator(rank: int) -> str:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator(cpu=True)
-    try:
-        accelerator.prepare(moe_fx.shard_experts(Model()))
-    except moe_fx.ConfigurationError as error:
-        return str(error)
-    finally:
-        AcceleratorState._reset_state(True)
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in torchrun.items():
+            patch.setenv(name, str(value))
+        accelerator = Accelerator(cpu=True)
+        try:
+            accelerator.prepare(moe_fx.shard_experts(Model()))
+        except moe_fx.ConfigurationError as error:
+            return str(error)
+        finally:
+            AcceleratorState._reset_state(True)
     return ""
 
 
