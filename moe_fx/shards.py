@@ -74,11 +74,11 @@ def load_whole(name: str, value: Any, shard: DTensor) -> Any:
     """
     mesh = shard.device_mesh
     if isinstance(value, DTensor):
-        theirs = value.device_mesh
-        if theirs.size() == mesh.size() and theirs.get_coordinate() != mesh.get_coordinate():
+        theirs, mine = value.device_mesh.get_coordinate(), mesh.get_coordinate()
+        if value.device_mesh.size() == mesh.size() and theirs != mine:
             raise ConfigurationError(
-                f"{name} holds the rows of the group's rank {theirs.get_local_rank()}, and this is "
-                f"rank {mesh.get_local_rank()}. Load the file that this rank saved; or save "
+                f"{name} holds the rows of another rank (at {theirs} of the group, and this is "
+                f"{mine}). Load the file that this rank saved; or save "
                 "moe_fx.full_state_dict(model), or with torch.distributed.checkpoint, which any "
                 "number of ranks can load."
             )

@@ -271,7 +271,13 @@ def with_accelerator(rank: int) -> str:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size()}
+    torchrun = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": dist.get_world_size(),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 29500,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in torchrun.items():
             patch.setenv(name, str(value))
@@ -450,7 +456,8 @@ def adapted(rank: int) -> tuple[float, str]:
 
     (first, config), (second, _) = build("qwen3_moe"), build("qwen3_moe")
     sharded = lora(moe_fx.shard_experts(first), target_modules=["q_proj"])
-    loss(DistributedDataParallel(sharded), rank).backward()
+    wrapped = DistributedDataParallel(sharded)
+    loss(wrapped, rank).backward()
     one = lora(second, target_modules=["q_proj"])
     for r in range(dist.get_world_size()):
         (loss(one, r) / dist.get_world_size()).backward()
