@@ -11,6 +11,7 @@ import pytest
 
 from moe_fx.testing import RankPool
 from tests.e2e import sharded as on_rank
+from tests.e2e import sharded_saving as saving
 
 EXACT = 1e-5
 
@@ -110,40 +111,40 @@ def test_accelerate_is_told_what_to_do_instead(ranks2: RankPool) -> None:
 def test_dcp_saves_the_whole_and_loads_into_any_number_of_ranks(
     ranks2: RankPool, ranks4: RankPool, tmp_path: Path
 ) -> None:
-    ranks2.run(on_rank.saved, tmp_path / "dcp")
+    ranks2.run(saving.saved, tmp_path / "dcp")
     for pool, sharded in ((ranks2, True), (ranks4, True), (ranks2, False)):
-        for weights, moments in pool.run(on_rank.loaded, tmp_path / "dcp", sharded):
+        for weights, moments in pool.run(saving.loaded, tmp_path / "dcp", sharded):
             assert weights < EXACT
             assert moments < EXACT
 
 
 def test_the_full_state_dict_has_the_names_and_values_of_the_whole_model(ranks2: RankPool) -> None:
-    (names, difference), (others, _) = ranks2.run(on_rank.gathered)
+    (names, difference), (others, _) = ranks2.run(saving.gathered)
     assert set(names) == {"inner.weight", "inner.bias", "mlp.weight", "mlp.bias", "scale"}
     assert difference == 0
     assert others == []
 
 
 def test_gathering_on_one_rank_alone_is_an_error(ranks2: RankPool) -> None:
-    message, _ = ranks2.run(on_rank.gathered_by_one)
+    message, _ = ranks2.run(saving.gathered_by_one)
     assert "rank(s) [1]" in message
     assert "on every rank" in message
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_a_whole_state_dict_is_cut(ranks2: RankPool, assign: bool) -> None:
-    assert ranks2.run(on_rank.given_whole, assign) == [0.0, 0.0]
+    assert ranks2.run(saving.given_whole, assign) == [0.0, 0.0]
 
 
 def test_another_ranks_file_is_refused(ranks2: RankPool, tmp_path: Path) -> None:
-    own, other = ranks2.run(on_rank.given_anothers, tmp_path / "rank0.pt")
+    own, other = ranks2.run(saving.given_anothers, tmp_path / "rank0.pt")
     assert own == ""
     assert "mlp.weight holds the rows of another rank" in other
     assert "full_state_dict" in other
 
 
 def test_each_rank_may_save_and_load_its_own_file(ranks2: RankPool, tmp_path: Path) -> None:
-    assert ranks2.run(on_rank.given_its_own, tmp_path) == [0.0, 0.0]
+    assert ranks2.run(saving.given_its_own, tmp_path) == [0.0, 0.0]
 
 
 # ---- What a module can do
@@ -151,23 +152,23 @@ def test_each_rank_may_save_and_load_its_own_file(ranks2: RankPool, tmp_path: Pa
 
 @pytest.mark.parametrize("decay", [None, 0.9], ids=["mean", "exponential"])
 def test_averages_of_weights(ranks2: RankPool, decay: float | None) -> None:
-    assert max(ranks2.run(on_rank.averaged, decay)) < 1e-6
+    assert max(ranks2.run(saving.averaged, decay)) < 1e-6
 
 
 def test_casts_and_copies_stay_shards(ranks2: RankPool) -> None:
-    assert max(ranks2.run(on_rank.cast)) < 1e-12
+    assert max(ranks2.run(saving.cast)) < 1e-12
 
 
 # ---- transformers and PEFT
 
 
 def test_save_pretrained_writes_the_whole_model(ranks2: RankPool, tmp_path: Path) -> None:
-    assert ranks2.run(on_rank.pretrained, tmp_path) == [0.0, 0.0]
+    assert ranks2.run(saving.pretrained, tmp_path) == [0.0, 0.0]
 
 
 def test_lora_beside_sharded_experts_trains_and_on_them_is_refused(ranks2: RankPool) -> None:
     pytest.importorskip("peft")
-    for difference, message in ranks2.run(on_rank.adapted):
+    for difference, message in ranks2.run(saving.adapted):
         assert difference < EXACT
         assert "ConfigurationError: down_proj of" in message
         assert "is sharded" in message
