@@ -1,5 +1,5 @@
-"""What runs on a rank in `test_sharded_models.py`: a sharded model saved, loaded, averaged and handed
-to transformers and PEFT."""
+"""What runs on a rank in `test_sharded_models.py`: a sharded model saved, loaded, averaged and
+handed to transformers and PEFT."""
 
 from __future__ import annotations
 
