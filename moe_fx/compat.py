@@ -27,6 +27,7 @@ from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
 from torch._ops import OpOverload, OpOverloadPacket, _get_dispatch_mode_pre_dispatch
+from torch._subclasses import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
     _find_or_create_pg_by_ranks_and_tag,
@@ -68,6 +69,7 @@ __all__ = [
     "exchange_equal_rows",
     "exit_autocast",
     "export_functional",
+    "fake_with_numbers",
     "forgetting_new_sizes",
     "graph_breaks",
     "group_of_ranks",
@@ -228,6 +230,14 @@ def let_outputs_have_own_strides(graph: Graph, node: Node) -> None:
 
 DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
 """Exceptions by which what a backend calls asks Dynamo for something: no failures."""
+
+
+def fake_with_numbers(tensor: Tensor, inputs: Sequence[Any]) -> None:
+    """When a graph of ``inputs`` is traced, the sizes of ``tensor``, which Dynamo has not met, are
+    numbers and not symbols, as those of parameters are under ``dynamic=True``."""
+    mode = detect_fake_mode(inputs)
+    if mode is not None and not isinstance(tensor, FakeTensor):
+        mode.from_tensor(tensor, static_shapes=True)  # which the mode remembers
 
 
 @contextmanager
