@@ -232,12 +232,13 @@ DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
 """Exceptions by which what a backend calls asks Dynamo for something: no failures."""
 
 
-def fake_with_numbers(tensor: Tensor, inputs: Sequence[Any]) -> None:
-    """When a graph of ``inputs`` is traced, the sizes of ``tensor``, which Dynamo has not met, are
-    numbers and not symbols, as those of parameters are under ``dynamic=True``."""
+def fake_with_numbers(tensor: Tensor, inputs: Sequence[Any]) -> Tensor:
+    """What stands for ``tensor``, new to Dynamo, when a graph of ``inputs`` is traced: its
+    sizes are numbers, as those of parameters, and not symbols."""
     mode = detect_fake_mode(inputs)
-    if mode is not None and not isinstance(tensor, FakeTensor):
-        mode.from_tensor(tensor, static_shapes=True)  # which the mode remembers
+    if mode is None or isinstance(tensor, FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 @contextmanager

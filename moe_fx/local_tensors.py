@@ -58,7 +58,7 @@ def localise(module: GraphModule, inputs: Sequence[Any]) -> Localised:
         local[at] = whole.to_local().detach().requires_grad_(whole.requires_grad)
         if isinstance(whole, nn.Parameter):  # and so what the graph reads is one, as passes ask
             local[at] = nn.Parameter(local[at].detach(), whole.requires_grad)
-            fake_with_numbers(local[at], inputs)
+            local[at] = fake_with_numbers(local[at], inputs)
         for user in list(node.users):
             if not _reads_locally(user, node):
                 reason = f"{user.target} works on a DTensor ({node.name}), not on its local tensor"
