@@ -15,6 +15,8 @@ from moe_fx.version import __version__
 check_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
+from moe_fx.clip import clip_grad_norm_  # noqa: E402
+from moe_fx.data_parallel import shards_for_data_parallel  # noqa: E402
 from moe_fx.dispatcher import (  # noqa: E402
     MoEAlltoAllSeqOverLapDispatcher,
     MoEDispatcher,
@@ -37,6 +39,7 @@ from moe_fx.options import Options  # noqa: E402
 from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
+from moe_fx.whole import full_state_dict  # noqa: E402
 
 if "vllm.config.compilation" in sys.modules:  # it asks for ``moe_fx.vllm_pass`` by name
     from moe_fx.integrations.vllm import register
@@ -62,10 +65,13 @@ __all__ = [
     "Router",
     "Verification",
     "__version__",
+    "clip_grad_norm_",
     "expert_parameter_bytes",
     "explain",
+    "full_state_dict",
     "inductor_runtime_estimation",
     "interleave",
     "ops",
     "shard_experts",
+    "shards_for_data_parallel",
 ]

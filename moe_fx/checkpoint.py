@@ -9,17 +9,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_fx.errors import ConfigurationError
-from moe_fx.expert_parameters import Slot, block, slots
+from moe_fx.expert_parameters import Slot, slots
+from moe_fx.shards import as_shard, block
 
 
 def read(
     model: nn.Module, group: dist.ProcessGroup, targets: Sequence[Slot], checkpoint: Path
-) -> dict[str, Tensor]:
-    """The checkpoint's tensors by `Slot.full_name`, of the experts only this rank's rows."""
+) -> dict[str, Any]:
+    """The checkpoint's tensors by `Slot.full_name`; of the experts only this rank's rows, also as a
+    `DTensor`."""
     if not checkpoint.exists():
         raise ConfigurationError(
             f"There is no checkpoint at {checkpoint}. Give a safetensors file, or a directory that "
@@ -27,7 +31,7 @@ def read(
         )
     cut = {target.full_name for target in targets}
     cut |= {slot.full_name for slot in slots(model) if slot.unshard is not None}
-    if _is_pretrained(model):
+    if is_pretrained(model):
         from moe_fx.integrations.transformers import load_like
 
         loaded = load_like(model, group, cut, checkpoint)
@@ -35,7 +39,7 @@ def read(
     return _read_safetensors(model, group, cut, checkpoint)
 
 
-def _is_pretrained(model: Any) -> bool:
+def is_pretrained(model: Any) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")  # no such model without it
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
@@ -52,8 +56,6 @@ def _read_safetensors(
             slot = expected[name]
             stored = files[name].get_slice(name)
             whole = list(slot.tensor.shape)
-            if slot.unshard is not None:
-                whole[0] *= group.size()
             if stored.get_shape() != whole:
                 raise ConfigurationError(
                     f"{name} is {stored.get_shape()} in {checkpoint} and {whole} in the model. "
@@ -120,7 +122,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + more if names else "none"
 
 
-def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def assign(model: nn.Module, weights: Mapping[str, Any], group: dist.ProcessGroup) -> None:
     """Put ``weights`` into the model, which keeps its dtypes, ``requires_grad``, ties and device.
 
     On the meta device there is nothing to keep but a new `Parameter` can be put in place.
@@ -130,13 +132,29 @@ def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if slot.full_name not in weights:
             continue
         weight, old = weights[slot.full_name], slot.tensor
-        value = weight.detach().to(weight.device if old.is_meta else old.device, old.dtype)
+        held = weight.to_local() if isinstance(weight, DTensor) else weight
+        value = held.detach().to(held.device if old.is_meta else old.device, old.dtype)
         if not isinstance(old, nn.Parameter):
             slot.module._buffers[slot.name] = value
         elif not old.is_meta:
-            old.data = value
+            _overwrite(old, value)
         else:
             if id(weight) not in fresh:
-                fresh[id(weight)] = nn.Parameter(value, requires_grad=old.requires_grad)
+                fresh[id(weight)] = _parameter(value, slot, group)
                 vars(fresh[id(weight)]).update({**vars(old), **vars(weight)})
             slot.module._parameters[slot.name] = fresh[id(weight)]
+
+
+def _overwrite(old: Any, value: Tensor) -> None:
+    if isinstance(old, DTensor):
+        with torch.no_grad():
+            old.to_local().copy_(value)
+    else:
+        old.data = value
+
+
+def _parameter(value: Tensor, slot: Slot, group: dist.ProcessGroup) -> nn.Parameter:
+    requires_grad = slot.tensor.requires_grad
+    if slot.unshard is not None:
+        return as_shard(value, group, requires_grad=requires_grad)
+    return nn.Parameter(value, requires_grad=requires_grad)

@@ -41,6 +41,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.fake_impl import allocate_size
 from torch._logging import trace_structured
 from torch._ops import OpOverload, OpOverloadPacket, _get_dispatch_mode_pre_dispatch
+from torch._subclasses import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.distributed.distributed_c10d import (
     _find_or_create_pg_by_ranks_and_tag,
@@ -97,6 +98,7 @@ __all__ = [
     "exchange_equal_rows",
     "exit_autocast",
     "export_functional",
+    "fake_with_numbers",
     "forgetting_new_sizes",
     "frame_graph",
     "graph_breaks",
@@ -353,6 +355,15 @@ def new_sizes(value: Any) -> set[Any]:
     """The numbers that only running gives among ``value``, which may hold tensors, and sizes."""
     leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, *py_sym_types))]
     return set(free_unbacked_symbols(leaves))
+
+
+def fake_with_numbers(tensor: Tensor, inputs: Sequence[Any]) -> Tensor:
+    """What stands for ``tensor``, new to Dynamo, when a graph of ``inputs`` is traced: its
+    sizes are numbers, as those of parameters, and not symbols."""
+    mode = detect_fake_mode(inputs)
+    if mode is None or isinstance(tensor, FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 @contextmanager

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.groups import check_device
-from moe_fx.unshard import Unshard
+from moe_fx.unshard import Unshard, shards_of
 
 
 @dataclass(frozen=True)
 class Slot:
     """``module.<name>``, a parameter or buffer of a model.
 
-    full_name: what it is called in the model before sharding, ``"layers.0.experts.w1"``.
-    unshard: what makes it whole, if it is this rank's shard.
+    full_name: what it is called in the model, ``"layers.0.experts.w1"``.
+    unshard: how it is read, if it is this rank's shard.
     """
 
     module: nn.Module
@@ -43,16 +42,11 @@ def slots(model: nn.Module) -> list[Slot]:
     """Every parameter and buffer of ``model``; a tied one once for each of its names."""
     found = []
     for path, module in model.named_modules():
-        chain = isinstance(module, parametrize.ParametrizationList)
-        unshard = module[0] if chain and isinstance(module[0], Unshard) else None
+        unshards = shards_of(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            full_name = f"{path}.{name}" if path else name
-            if unshard is not None:  # "experts.parametrizations.w1.original"
-                owner, _, parameter = path.rpartition("parametrizations.")
-                full_name = owner + parameter
-            found.append(Slot(module, name, full_name, unshard))
+            if tensor is not None:
+                full_name = f"{path}.{name}" if path else name
+                found.append(Slot(module, name, full_name, unshards.get(name)))
     return found
 
 
@@ -83,7 +77,9 @@ def expert_parameters(
                 f"shard_experts found no expert parameters in {type(model).__name__}: it looks for "
                 "modules with num_experts, or 'expert' in their name, whose parameters all have "
                 "the shape [experts, ...]. Name them with glob patterns on model.named_parameters"
-                "(), such as params=['*.experts.*']; each must hold one expert per row."
+                "(), such as params=['*.experts.*']; each must hold one expert per row. Or let "
+                "moe_fx find them by what the model computes: "
+                "params=moe_fx.explain(model, *example_args).expert_parameters."
             )
     for target in targets:
         _check(target, group)
@@ -111,9 +107,8 @@ def likely_experts(model: nn.Module) -> list[Slot]:
     """Whole ``[E, ...]`` parameters of modules that look like a layer's experts."""
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
-        tables = {n: p for n, p in module._parameters.items() if p is not None and p.ndim}
+        whole = {n: p for n, p in module._parameters.items() if n not in shards_of(module)}
+        tables = {n: p for n, p in whole.items() if p is not None and p.ndim}
         sizes = {table.shape[0] for table in tables.values()}
         if len(sizes) != 1 or all(table.ndim != 3 for table in tables.values()):
             continue
@@ -146,9 +141,3 @@ def _check(target: Slot, group: dist.ProcessGroup) -> None:
             f"{', '.join(map(str, fitting))} ranks, or choose other parameters with params=."
         )
     check_device(table.device, target.full_name, group)
-
-
-def block(experts: int, group: dist.ProcessGroup) -> slice:
-    """The rows of ``[experts, ...]`` that this rank keeps."""
-    here = experts // group.size()
-    return slice(group.rank() * here, (group.rank() + 1) * here)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import moe_fx.passes as passes
@@ -19,6 +20,7 @@ from moe_fx.naming import name_of
 from moe_fx.net import log_report, net
 from moe_fx.options import Options, parse_options
 from moe_fx.passes.selectors import may_select_experts
+from moe_fx.region import Region
 from moe_fx.report import Report
 from moe_fx.tracing import Seen, captured_in_vain, note_breaks, outside, sees_frames
 
@@ -41,13 +43,15 @@ def explain(
     parsed = parse_options(options)
     steps = passes.ANALYSIS if ranks is None else passes.for_ranks(ranks, passes=passes.ANALYSIS)
     report = Report(model=name_of(model))
+    names = {id(p): n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
 
     def record(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         found = Report()
-        larger = False
+        larger, tables = False, list[Any]()
         with outside():
             with net(found, module, example_inputs, "it looked for MoE layers"):
-                larger = _analyse(module, example_inputs, parsed, found, steps)
+                larger, tables = _analyse(module, example_inputs, parsed, found, steps)
+            found.expert_parameters = [names[id(t)] for t in tables if id(t) in names]
             if found.bugs or not larger:
                 captured_in_vain(module, found)
             note_breaks(module, found)
@@ -69,18 +73,19 @@ def _analyse(
     options: Options,
     report: Report,
     steps: tuple[passes.Pass, ...],
-) -> bool:
-    """Whether a layer was found that needs data-dependent sizes."""
+) -> tuple[bool, list[Any]]:
+    """Whether a layer was found that needs data-dependent sizes; the inputs that hold one expert a
+    row."""
     if not may_select_experts(module):
         report.graphs += 1
-        return False
+        return False, []
     try:
         local = localise(open_bodies(module)[0], example_inputs)
         captured = capture(local.module, local.inputs)
     except NotFunctional as obstacle:
         report.declined.append(obstacle.declined)
         report.graphs += 1
-        return False
+        return False, []
     context = passes.Context(
         options=options,
         report=report,
@@ -90,4 +95,22 @@ def _analyse(
     )
     with neutral():
         passes.run(captured, context, steps)
-    return context.holds_new_sizes
+    tables = [example_inputs[at] for at in _tables_of_experts(context.regions, example_inputs)]
+    return context.holds_new_sizes, tables
+
+
+def _tables_of_experts(regions: Sequence[Region], inputs: Sequence[Any]) -> list[int]:
+    """Which inputs the regions' per-expert tensors are made of, and have an expert a row."""
+    found: set[int] = set()
+    for region in regions:
+        pending, seen = list(region.parts.tables), set(region.parts.tables)
+        while pending:
+            new = [node for node in pending.pop().all_input_nodes if node not in seen]
+            seen.update(new)
+            pending += new
+        placeholders = region.parts.select.graph.find_nodes(op="placeholder")
+        for at, (placeholder, value) in enumerate(zip(placeholders, inputs, strict=True)):
+            read = placeholder in seen and isinstance(value, Tensor)
+            if read and value.shape[:1] == (region.num_experts,):
+                found.add(at)
+    return sorted(found)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
 from moe_fx.capture import NotFunctional
+from moe_fx.compat import fake_with_numbers
 from moe_fx.passes.normalise import copy_graph
 from moe_fx.region import Declined, source_of
 
@@ -54,6 +56,9 @@ def localise(module: GraphModule, inputs: Sequence[Any]) -> Localised:
             continue
         whole = inputs[at]
         local[at] = whole.to_local().detach().requires_grad_(whole.requires_grad)
+        if isinstance(whole, nn.Parameter):  # and so what the graph reads is one, as passes ask
+            local[at] = nn.Parameter(local[at].detach(), whole.requires_grad)
+            local[at] = fake_with_numbers(local[at], inputs)
         for user in list(node.users):
             if not _reads_locally(user, node):
                 reason = f"{user.target} works on a DTensor ({node.name}), not on its local tensor"

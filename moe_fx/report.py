@@ -44,7 +44,8 @@ class Report:
     compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
     compilation beside the layers, and why. breaks: where Dynamo ended a graph, or gave a function
     up. model: class or function that was compiled. versions: of moe_fx, torch and, if it is in use,
-    transformers."""
+    transformers. expert_parameters: of `moe_fx.explain`, the names of the
+    parameters that proved to hold one expert a row, for `moe_fx.shard_experts` (``params=``)."""
 
     regions: list[Region] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Report:
     breaks: list[Break] = field(default_factory=list)
     model: str = ""
     versions: dict[str, str] = field(default_factory=_versions)
+    expert_parameters: list[str] = field(default_factory=list)
 
     def record_pass(self, name: str, seconds: float) -> None:
         self.pass_seconds[name] = self.pass_seconds.get(name, 0.0) + seconds
@@ -70,6 +72,8 @@ class Report:
         self.lowered += other.lowered
         self.notes += other.notes
         self.breaks = joined([*self.breaks, *other.breaks])
+        known = set(self.expert_parameters)
+        self.expert_parameters += [n for n in other.expert_parameters if n not in known]
         for name, seconds in other.pass_seconds.items():
             self.record_pass(name, seconds)
 
@@ -126,6 +130,7 @@ class Report:
             "lowered": [asdict(each) for each in self.lowered],
             "notes": self.notes,
             "breaks": [asdict(each) for each in self.breaks],
+            "expert_parameters": self.expert_parameters,
         }
 
     def to_text(self) -> str:

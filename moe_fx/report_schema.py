@@ -46,6 +46,7 @@ def _report() -> type[BaseModel]:
         "lowered": list[_model(Lowered)],  # type: ignore[misc]
         "notes": list[str],
         "breaks": list[_model(Break)],  # type: ignore[misc]
+        "expert_parameters": list[str],
     }
     return _of_types("Report", types)
 

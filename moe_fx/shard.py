@@ -10,23 +10,27 @@ that holds them gathers each once, *leaving* drops them. A loop over the experts
 its weights a different number of times on each rank; a gather a read would hang.
 
 The gradient of a shard is the reduce-scatter of the whole tensor's gradients: summed, not averaged,
-over the ranks. Autograd keeps the gathered weights until backward; gradient checkpointing, which
-gathers them again, does not, and moe_fx's compiled graphs have none.
+over the ranks; in data parallelism their mean (`moe_fx.data_parallel`). Autograd keeps the gathered
+weights until backward; gradient checkpointing, which gathers them again, does not, and moe_fx's
+compiled graphs have none.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_fx.checkpoint import assign, read
-from moe_fx.expert_parameters import block, expert_parameters, likely_experts, slots
+from moe_fx.checkpoint import assign, is_pretrained, read
+from moe_fx.data_parallel import leave_to_shards
+from moe_fx.expert_parameters import Slot, expert_parameters, likely_experts, slots
 from moe_fx.groups import require_group
+from moe_fx.shards import as_shard, block, retire
 from moe_fx.unshard import install
 
 __all__ = ["expert_parameter_bytes", "shard_experts"]
@@ -43,17 +47,20 @@ def shard_experts(
 
     Every rank of the group calls this, and from then on runs the model together with the others.
     Rank r of W keeps the experts from ``r * E / W`` up to ``(r + 1) * E / W``: ``[E, ...]`` becomes
-    ``[E / W, ...]``, a copy, so that the whole tensor is freed. The `Parameter` objects, their
-    ``requires_grad`` and their ties stay; gradients they hold are dropped.
+    ``[E / W, ...]``, a copy, so that the whole tensor is freed. In the module's parameters and its
+    state dict it is a `DTensor`, under the name it had; to read the attribute gathers the whole.
+    These are new `Parameter` objects (``requires_grad`` and ties stay): create the optimizer, wrap
+    and compile afterwards. What other tools make of shards: docs/sharding.md.
 
     group: the ranks that share the experts; default: all ranks.
-    params: glob patterns on full parameter names (``"*.experts.w[123]"``). Default: every direct
-        parameter of a module whose parameters all have the same first size E, one of them being
+    params: glob patterns on full parameter names (``"*.experts.w[123]"``), or the names that
+        ``moe_fx.explain(model, ...).expert_parameters`` has proved. Default: every direct parameter
+        of a module whose parameters all have the same first size E, one of them being
         three-dimensional, if the module's ``num_experts`` is E or its class or path says "expert".
     checkpoint: a safetensors file, or a directory of them, to load the weights from; of the experts
         only this rank's are read. A transformers model's is read with transformers' own
         conversions; any other must have the names of ``model.state_dict()``. The model may be on
-        the meta device: its parameters are then new objects, so create the optimizer afterwards.
+        the meta device.
 
     A model that is already sharded over this group comes back unchanged, but for ``checkpoint``.
     Raises `ConfigurationError`, before anything is changed, if there is no process group, this rank
@@ -63,13 +70,43 @@ def shard_experts(
     group = require_group(group)
     targets = expert_parameters(model, group, params)
     weights = {} if checkpoint is None else read(model, group, targets, Path(checkpoint))
-    for param in {id(target.tensor): target.tensor for target in targets}.values():
-        param.grad = None
-        rows = param.data[block(param.shape[0], group)]
-        param.data = rows.clone(memory_format=torch.contiguous_format)
-    install(targets, group)
-    assign(model, weights)
+    _cut(targets, group)
+    assign(model, weights, group)
+    adapt(model)
     return model
+
+
+def _cut(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
+    """Each target, whole, becomes this rank's shard, and reads as the whole."""
+    shards: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for target in targets:
+        param: Any = target.tensor
+        if id(param) not in shards:
+            rows = param.data[block(param.shape[0], group)]
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            shards[id(param)] = as_shard(rows, group, requires_grad=param.requires_grad)
+            retire(param, shards[id(param)])
+        target.module._parameters[target.name] = shards[id(param)]
+    read_whole(targets, group)
+
+
+def read_whole(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
+    """Make each target, which is a shard, read as the whole."""
+    names: dict[nn.Module, list[str]] = {}
+    for target in targets:
+        names.setdefault(target.module, []).append(target.name)
+    for module, of_module in names.items():
+        install(module, of_module, group)
+
+
+def adapt(model: nn.Module) -> None:
+    """Let DDP and ``save_pretrained``, which know nothing of shards, treat those of ``model`` as
+    what they are."""
+    leave_to_shards(model)
+    if is_pretrained(model):
+        from moe_fx.integrations.transformers import save_whole
+
+        save_whole(model)
 
 
 def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:
@@ -82,8 +119,9 @@ def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:
     whole: dict[int, int] = {}
     for slot in slots(model):
         if slot.unshard is not None:
-            held[id(slot.tensor)] = slot.tensor.nbytes
-            whole[id(slot.tensor)] = slot.tensor.nbytes * slot.unshard.group_size
+            table: Any = slot.tensor
+            held[id(table)] = table.to_local().nbytes
+            whole[id(table)] = table.numel() * table.element_size()
     for slot in likely_experts(model):
         held[id(slot.tensor)] = whole[id(slot.tensor)] = slot.tensor.nbytes
     return sum(held.values()), sum(whole.values())

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import register_backend
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 import moe_fx
@@ -436,11 +437,12 @@ def _gradients(model: nn.Module, out: Tensor, names: list[str]) -> dict[str, Ten
     torch.sin(out.double() * 3).sum().backward()
     found = {}
     for name, parameter in model.named_parameters():
-        plain = name.replace("parametrizations.", "").removesuffix(".original")
-        if plain in names:
-            gradient = parameter.grad
+        if name in names:
+            gradient: Any = parameter.grad
             gradient = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-            if plain == name:
+            if isinstance(gradient, DTensor):
+                gradient = gradient.to_local()
+            else:
                 dist.all_reduce(gradient)
-            found[plain] = gradient
+            found[name] = gradient.detach()
     return found

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import moe_fx.unshard
 from moe_fx.compat import all_gather_rows
 from moe_fx.errors import ConfigurationError, MoeFxError
 from moe_fx.expert_parameters import slots
 from moe_fx.groups import check_device
+from moe_fx.local_tensors import localise
 from moe_fx.shard import expert_parameter_bytes, shard_experts
 
 WORLD = 2
@@ -155,6 +157,15 @@ def my_rows(whole: Tensor) -> Tensor:
     return whole[dist.get_rank() * here :][:here]
 
 
+def local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(module: Any, name: str) -> Tensor:
+    """This rank's rows of a sharded parameter."""
+    return local(module._parameters[name].detach())
+
+
 def sharded_names(model: nn.Module) -> set[str]:
     return {slot.full_name for slot in slots(model) if slot.unshard is not None}
 
@@ -174,7 +185,7 @@ def forward(implementation: str) -> tuple[float, float, int]:
         once = gathers["calls"]
         for slot in slots(model):
             if slot.unshard is not None and dist.get_rank() == 0:
-                slot.tensor.zero_()
+                local(slot.tensor).zero_()
         changed = model(tokens, use_cache=False).logits
     return distance(before, after), distance(before, changed), once
 
@@ -208,7 +219,7 @@ def outside() -> None:
     shard_experts(model)
     assert torch.equal(model.mlp.weight, whole)
     copied = copy.deepcopy(model)
-    copied.mlp.parametrizations.weight.original.data.zero_()
+    rows_of(copied.mlp, "weight").zero_()
     assert not copied.mlp.weight.any()
     assert torch.equal(model.mlp.weight, whole)
 
@@ -315,7 +326,7 @@ def gradients(implementation: str) -> float:
         if slot.unshard is not None:
             dist.all_reduce(expected)
             expected = my_rows(expected)
-        worst = max(worst, (slot.tensor.grad - expected).abs().max().item())
+        worst = max(worst, (local(slot.tensor.grad) - expected).abs().max().item())
     return worst
 
 
@@ -334,7 +345,7 @@ def no_tokens_on_rank_1() -> tuple[bool, bool]:
         (out.sum() + tokens.sum()).backward()
     full = torch.zeros_like(whole.weight) if whole.weight.grad is None else whole.weight.grad
     dist.all_reduce(full)
-    mine = experts.parametrizations.weight.original.grad
+    mine = experts._parameters["weight"].grad.to_local()
     return torch.allclose(mine, my_rows(full)), bool(mine.any())
 
 
@@ -352,7 +363,7 @@ def checkpointed() -> float:
     (shard,) = (p for n, p in sharded.named_parameters() if "layers.1" in n and "down_proj" in n)
     full = model.model.layers[1].mlp.experts.down_proj.grad
     dist.all_reduce(full)
-    return (shard.grad - my_rows(full)).abs().max().item()
+    return (local(shard.grad) - my_rows(full)).abs().max().item()
 
 
 def test_gradient_checkpointing_gathers_again(ranks: Ranks) -> None:
@@ -386,7 +397,7 @@ def compiled(implementation: str, training: bool) -> tuple[float, list[int]]:
                 expected = model.get_parameter(slot.full_name).grad
                 if slot.unshard is not None:
                     expected = my_rows(expected) * WORLD  # the ranks have the same tokens
-                worst = max(worst, (slot.tensor.grad - expected).abs().max().item())
+                worst = max(worst, (local(slot.tensor.grad) - expected).abs().max().item())
     assert all(slot.unshard.gathered is None for slot in slots(sharded) if slot.unshard)
     return worst, graphs
 
@@ -453,8 +464,9 @@ def traced(training: bool) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        local = localise(module, inputs)
         graph, _ = aot_export_module(
-            module, inputs, trace_joint=False, pre_dispatch=True, decompositions={}
+            local.module, local.inputs, trace_joint=False, pre_dispatch=True, decompositions={}
         )
         for node in graph.graph.nodes:
             near = [node, *node.all_input_nodes]
@@ -492,17 +504,19 @@ def kept() -> None:
     param._is_hf_initialized = True
     param.requires_grad_(False)
     shard_experts(model)
-    shard = experts.parametrizations.down_proj.original
-    assert shard is param
-    assert shard._is_hf_initialized
-    assert not shard.requires_grad
-    assert shard.dtype == torch.bfloat16
+    sharded = experts._parameters["down_proj"]
+    assert sharded._is_hf_initialized
+    assert not sharded.requires_grad
+    assert sharded.dtype == torch.bfloat16
+    assert sharded.shape == whole.shape
+    assert param.untyped_storage().nbytes() == 0
+    shard = rows_of(experts, "down_proj")
     assert torch.equal(shard, my_rows(whole))
     assert shard.untyped_storage().nbytes() == whole.nbytes // WORLD
-    assert "model.layers.0.mlp.experts.parametrizations.down_proj.original" in model.state_dict()
+    assert "model.layers.0.mlp.experts.down_proj" in dict(model.named_parameters())
 
 
-def test_the_parameter_object_keeps_only_the_shard(ranks: Ranks) -> None:
+def test_a_parameter_keeps_its_attributes_and_only_the_shard(ranks: Ranks) -> None:
     ranks(kept)
 
 
@@ -512,9 +526,9 @@ def tied() -> None:
     whole = model[0].mlp.weight.detach().clone()
     assert expert_parameter_bytes(model) == (EXPERTS * 8 * 10 * 4,) * 2
     shard_experts(model)
-    first, second = (layer.mlp.parametrizations.weight.original for layer in model)
+    first, second = (layer.mlp._parameters["weight"] for layer in model)
     assert first is second
-    assert torch.equal(first, my_rows(whole))
+    assert torch.equal(rows_of(model[0].mlp, "weight"), my_rows(whole))
     assert torch.equal(model[1].mlp.weight, whole)
     assert expert_parameter_bytes(model) == (EXPERTS * 8 * 10 * 2, EXPERTS * 8 * 10 * 4)
 
@@ -531,8 +545,8 @@ def on_meta() -> None:
     held, whole = expert_parameter_bytes(model)
     assert held * WORLD == whole
     experts = model.model.layers[0].mlp.experts
-    assert experts.parametrizations.down_proj.original.is_meta
-    assert experts.parametrizations.down_proj.original.shape == (EXPERTS // WORLD, 32, 16)
+    assert rows_of(experts, "down_proj").is_meta
+    assert rows_of(experts, "down_proj").shape == (EXPERTS // WORLD, 32, 16)
     assert model(torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.shape == (1, 3, 64)
 
 
@@ -702,9 +716,9 @@ def check_loaded(model: nn.Module, stored: Path) -> None:
     assert sharded_names(model) == {n for n, _ in whole.named_parameters() if ".experts." in n}
     for slot in slots(model):
         if slot.unshard is not None:
-            assert slot.tensor.untyped_storage().nbytes() == slot.tensor.nbytes
-            assert type(slot.tensor.data) is Tensor
-            assert torch.equal(slot.tensor, my_rows(whole.get_parameter(slot.full_name)))
+            rows = local(slot.tensor)
+            assert rows.untyped_storage().nbytes() == rows.nbytes
+            assert torch.equal(rows, my_rows(whole.get_parameter(slot.full_name)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -802,9 +816,8 @@ def load_plain(path: Path, meta: bool) -> int:
     ids = torch.arange(5) % EXPERTS
     assert torch.equal(model(tokens, ids), whole(tokens, ids))
     assert all(p.requires_grad for p in model.parameters())
-    assert all(
-        slot.tensor.untyped_storage().nbytes() == slot.tensor.nbytes for slot in slots(model)
-    )
+    held = [local(slot.tensor) for slot in slots(model)]
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in held)
     shard_experts(model, checkpoint=path)  # into a sharded model
     assert torch.equal(model(tokens, ids), whole(tokens, ids))
     return read["experts"]

@@ -1,4 +1,5 @@
-"""transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), and `sharded_loading`.
+"""transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), `sharded_loading`, and
+``save_pretrained`` of sharded models.
 
 `sharded_loading` loads only this rank's experts with transformers' own loader.
 
@@ -17,6 +18,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +26,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from moe_fx.checkpoint import open_safetensors
 from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, expert_parameters
 from moe_fx.groups import check_device, require_group
 from moe_fx.integrations.expert_parallel import register
+from moe_fx.shard import adapt, read_whole
+from moe_fx.shards import as_shard, block
 from moe_fx.supported import check_transformers
-from moe_fx.unshard import install
+from moe_fx.whole import full_state_dict, meet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["sharded_loading"]
 
 check_transformers(transformers.__version__)
+_SAVING = 3600.0  # seconds that a rank waits until rank 0 has written a checkpoint
+
 register()
 
 
@@ -71,7 +76,8 @@ def sharded_loading(
 
     def finish_shards(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         result = finish(model, *args, **kwargs)
-        _take(placed, group)
+        read_whole(placed, group)
+        adapt(model)
         placed.clear()
         return result
 
@@ -97,33 +103,11 @@ def _place(targets: list[Slot], group: dist.ProcessGroup, load_config: Any) -> N
         if id(whole) not in sharded:
             device = _device(load_config.device_map, target.full_name)
             check_device(device, target.full_name, group)
-            local = torch.empty(
-                (whole.shape[0] // group.size(), *whole.shape[1:]), dtype=whole.dtype, device="meta"
+            rows = torch.empty_like(whole[block(whole.shape[0], group)], device="meta")
+            sharded[id(whole)] = as_shard(
+                rows, group, requires_grad=whole.requires_grad, device=device.type
             )
-            table = DTensor.from_local(
-                local,
-                DeviceMesh.from_group(group, device.type),
-                [Shard(0)],
-                run_check=False,
-                shape=whole.shape,
-                stride=whole.stride(),
-            )
-            sharded[id(whole)] = nn.Parameter(table, requires_grad=whole.requires_grad)
         target.module._parameters[target.name] = sharded[id(whole)]
-
-
-def _take(targets: list[Slot], group: dist.ProcessGroup) -> None:
-    """Make each DTensor's local shard the parameter, and its gather what is read."""
-    shards: dict[int, nn.Parameter] = {}
-    for target in targets:
-        table = target.tensor
-        assert isinstance(table, DTensor)
-        if id(table) not in shards:
-            shard = nn.Parameter(table.to_local().detach(), requires_grad=table.requires_grad)
-            shard._is_hf_initialized = True  # type: ignore[attr-defined]
-            shards[id(table)] = shard
-        target.module._parameters[target.name] = shards[id(table)]
-    install(targets, group)
 
 
 def _device(device_map: Any, name: str) -> torch.device:
@@ -172,3 +156,29 @@ def load_like(
             "transformers would fill the missing ones with random numbers."
         )
     return loaded
+
+
+def save_whole(model: Any) -> None:
+    """Let ``save_pretrained`` of ``model``, and of transformers models within it, write the whole.
+
+    Every rank calls it, as `full_state_dict`; rank 0 writes. It returns when the files are there.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    save = type(model).save_pretrained
+    arguments = inspect.signature(save).bind(model, *args, **kwargs)
+    given = arguments.arguments.get("state_dict")
+    if given is None:
+        whole = full_state_dict(model)
+    else:
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in given.items()}
+    main = arguments.arguments.get("is_main_process", True) and dist.get_rank() == 0
+    arguments.arguments |= {"state_dict": whole, "is_main_process": main}
+    save(*arguments.args, **arguments.kwargs)
+    meet("finish save_pretrained", _SAVING)

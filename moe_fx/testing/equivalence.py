@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from moe_fx.errors import ConfigurationError
@@ -201,7 +202,7 @@ def _run(
     if gradients:
         if isinstance(model, nn.Module):
             model.zero_grad(set_to_none=True)
-            parameters = {_plain_name(n): p for n, p in model.named_parameters()}
+            parameters = dict(model.named_parameters())
         _loss(outputs).backward()
     inputs = [v for v in values if isinstance(v, Tensor) and v.requires_grad and gradients]
     return _Outcome(
@@ -229,12 +230,9 @@ def _loss(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _plain_name(name: str) -> str:
-    """The name that a parameter has before `shard_experts`."""
-    return name.replace(".parametrizations.", ".").removesuffix(".original")
+    """Of a shard, that of this rank's rows."""
+    gradient: Any = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _compare_arguments(

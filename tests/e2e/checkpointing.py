@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -53,12 +54,12 @@ class Saved(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module) -> None:
         self.of: dict[int, int] = {}
-        self.model = {t.untyped_storage().data_ptr() for t in model.parameters()}
+        self.model = {_local(t).untyped_storage().data_ptr() for t in model.parameters()}
         self.model |= {t.untyped_storage().data_ptr() for t in model.buffers()}
         super().__init__(self._save, lambda saved: saved)
 
     def _save(self, saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
+        storage = _local(saved).untyped_storage()
         if storage.data_ptr() not in self.model:
             self.of[storage.data_ptr()] = storage.nbytes()
         return saved
@@ -66,6 +67,10 @@ class Saved(saved_tensors_hooks):
     @property
     def bytes(self) -> int:
         return sum(self.of.values())
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def enable(model: PreTrainedModel, reentrant: bool | None) -> None:

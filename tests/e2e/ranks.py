@@ -101,10 +101,12 @@ def _gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
         gradient = parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(parameter)
-        gradient = gradient.clone()
-        if ".parametrizations." not in name:
+        gradient = gradient.detach().clone()
+        if isinstance(gradient, DTensor):
+            gradient = gradient.to_local()
+        else:
             dist.all_reduce(gradient)
-        summed[name.replace(".parametrizations", "").removesuffix(".original")] = gradient
+        summed[name] = gradient
     return summed
 
 
