@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.expert_parameters import Slot, slots
+from moe_fx.pretrained import is_pretrained, load_like
+from moe_fx.safetensors_file import open_safetensors
 from moe_fx.shards import as_shard, block
 
 
@@ -32,16 +32,9 @@ def read(
     cut = {target.full_name for target in targets}
     cut |= {slot.full_name for slot in slots(model) if slot.unshard is not None}
     if is_pretrained(model):
-        from moe_fx.integrations.transformers import load_like
-
         loaded = load_like(model, group, cut, checkpoint)
         return {slot.full_name: slot.tensor for slot in slots(loaded)}
     return _read_safetensors(model, group, cut, checkpoint)
-
-
-def is_pretrained(model: Any) -> bool:
-    modeling = sys.modules.get("transformers.modeling_utils")  # no such model without it
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
 def _read_safetensors(
@@ -69,32 +62,6 @@ def _read_safetensors(
         for name, slot in expected.items()
         if id(slot.tensor) in values
     }
-
-
-def open_safetensors(checkpoint: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file of each tensor in ``checkpoint``, a file or a directory."""
-    from safetensors import safe_open
-
-    index = checkpoint / "model.safetensors.index.json"
-    if checkpoint.is_file():
-        paths = [checkpoint]
-    elif index.is_file():
-        paths = [
-            checkpoint / name
-            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
-    else:
-        paths = sorted(checkpoint.glob("*.safetensors"))
-    if not paths:
-        raise ConfigurationError(
-            f"{checkpoint} holds no safetensors files. Convert the checkpoint to safetensors "
-            "(safetensors.torch.save_file); only these can be read a slice at a time."
-        )
-    files: dict[str, Any] = {}
-    for path in paths:
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        files.update(dict.fromkeys(file.keys(), file))
-    return files
 
 
 def _check_names(

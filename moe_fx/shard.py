@@ -26,12 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_fx.checkpoint import assign, is_pretrained, read
-from moe_fx.data_parallel import leave_to_shards
+from moe_fx.checkpoint import assign, read
 from moe_fx.expert_parameters import Slot, expert_parameters, likely_experts, slots
 from moe_fx.groups import require_group
+from moe_fx.pretrained import adapt, read_whole
 from moe_fx.shards import as_shard, block, retire
-from moe_fx.unshard import install
 
 __all__ = ["expert_parameter_bytes", "shard_experts"]
 
@@ -88,25 +87,6 @@ def _cut(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
             retire(param, shards[id(param)])
         target.module._parameters[target.name] = shards[id(param)]
     read_whole(targets, group)
-
-
-def read_whole(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
-    """Make each target, which is a shard, read as the whole."""
-    names: dict[nn.Module, list[str]] = {}
-    for target in targets:
-        names.setdefault(target.module, []).append(target.name)
-    for module, of_module in names.items():
-        install(module, of_module, group)
-
-
-def adapt(model: nn.Module) -> None:
-    """Let DDP and ``save_pretrained``, which know nothing of shards, treat those of ``model`` as
-    what they are."""
-    leave_to_shards(model)
-    if is_pretrained(model):
-        from moe_fx.integrations.transformers import save_whole
-
-        save_whole(model)
 
 
 def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:

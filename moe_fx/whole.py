@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_fx.agree import store_key
 from moe_fx.compat import group_store
 from moe_fx.errors import RanksDiffer
+from moe_fx.presence import store_key
 
 __all__ = ["full_state_dict", "meet"]
 
