@@ -15,6 +15,7 @@ from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.describe import Describe
 from moe_fx.passes.exchanged import Exchanged
 from moe_fx.passes.fuse_router import FuseRouter
+from moe_fx.passes.legal import check_order, check_pairs, collectives, in_tests
 from moe_fx.passes.new_sizes import NewSizes
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
@@ -69,8 +70,14 @@ def for_ranks(
 def run(module: GraphModule, context: Context, passes: tuple[Pass, ...] = PIPELINE) -> GraphModule:
     """The rewritten graph, or ``module`` itself if no region was accepted."""
     current = module
+    checked = context.options.strict or in_tests()
     for step in passes:
+        before = collectives(current.graph)
         current = step(current, context).module
+        if checked and isinstance(step, (Rewrite, Overlap)):
+            check_pairs(current.graph)
+        if checked and isinstance(step, Overlap):
+            check_order(before, current.graph)
     context.report.regions += context.regions
     context.report.plans += context.plans
     context.report.graphs += 1

@@ -30,6 +30,13 @@ __all__ = ["STARTS", "WAITS", "Costs", "Timeline", "peak_bytes", "schedule", "si
 ops = torch.ops.moe_fx
 STARTS = (ops.all_to_all.default,)
 WAITS = (ops.wait.default, ops.wait_after.default)
+_EXCHANGES = (
+    *STARTS,
+    ops.exchange_counts.default,
+    ops.even_sizes.default,
+    ops.distribute.default,
+    ops.collect.default,
+)
 
 
 class Costs(Protocol):
@@ -148,7 +155,7 @@ def _is_random(node: Node) -> bool:
 def may_communicate(node: Node) -> bool:
     """Every rank must do it in the same order: an exchange, and any op of whose kernel nothing is
     known."""
-    if node.target in (*STARTS, ops.exchange_counts.default, ops.even_sizes.default):
+    if node.target in _EXCHANGES:
         return True
     namespace = getattr(node.target, "namespace", None)
     return namespace not in (None, "aten", "prims", "moe_fx")
