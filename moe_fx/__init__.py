@@ -15,14 +15,15 @@ from moe_fx.version import __version__
 check_torch(torch.__version__)
 
 from moe_fx import ops  # noqa: E402
-from moe_fx.clip import clip_grad_norm_  # noqa: E402
-from moe_fx.data_parallel import shards_for_data_parallel  # noqa: E402
 from moe_fx.dispatcher import (  # noqa: E402
     MoEAlltoAllSeqOverLapDispatcher,
     MoEDispatcher,
     MoEDispatcherConfig,
     interleave,
 )
+from moe_fx.entry.estimate import inductor_runtime_estimation  # noqa: E402
+from moe_fx.entry.explain import explain  # noqa: E402
+from moe_fx.entry.graph_pass import MoEPass  # noqa: E402
 from moe_fx.errors import (  # noqa: E402
     BadInput,
     ConfigurationError,
@@ -32,14 +33,13 @@ from moe_fx.errors import (  # noqa: E402
     RankMissing,
     RanksDiffer,
 )
-from moe_fx.estimate import inductor_runtime_estimation  # noqa: E402
-from moe_fx.explain import explain  # noqa: E402
-from moe_fx.graph_pass import MoEPass  # noqa: E402
 from moe_fx.options import Options  # noqa: E402
 from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
-from moe_fx.shard import expert_parameter_bytes, shard_experts  # noqa: E402
-from moe_fx.whole import full_state_dict  # noqa: E402
+from moe_fx.weights.clip import clip_grad_norm_  # noqa: E402
+from moe_fx.weights.data_parallel import shards_for_data_parallel  # noqa: E402
+from moe_fx.weights.shard import expert_parameter_bytes, shard_experts  # noqa: E402
+from moe_fx.weights.whole import full_state_dict  # noqa: E402
 
 if "vllm.config.compilation" in sys.modules:  # it asks for ``moe_fx.vllm_pass`` by name
     from moe_fx.integrations.vllm import register

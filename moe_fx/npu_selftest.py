@@ -31,10 +31,10 @@ from rich.table import Table
 from torch import Tensor
 
 import moe_fx
-from moe_fx.ascend import npu, reference
+from moe_fx.cli.tiny import tiny_model
+from moe_fx.devices.ascend import npu, reference
 from moe_fx.errors import ConfigurationError
 from moe_fx.testing import RankPool
-from moe_fx.tiny import tiny_model
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _ROUNDS = {"npu": 20, "cpu": 2}

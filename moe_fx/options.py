@@ -17,8 +17,8 @@ from pydantic import (
 
 from moe_fx.compat import inductor_mode
 from moe_fx.errors import ConfigurationError
-from moe_fx.groups import as_group
 from moe_fx.plan import PADDED
+from moe_fx.ranks.groups import as_group
 from moe_fx.suggest import did_you_mean
 from moe_fx.wrong_options import describe
 
@@ -29,7 +29,8 @@ Overflow = Literal["error", "drop"]
 Lower = Literal["auto", "off", "npu"]
 
 ORDERS_LATER = ("inductor",)
-"""Base compilers that call `moe_fx.order.OrderPass` on the graphs they run, backwards as well."""
+"""Base compilers that call `moe_fx.bases.inductor.OrderPass` on the graphs they run, backwards as
+well."""
 
 
 class Options(BaseModel):
@@ -47,7 +48,7 @@ class Options(BaseModel):
     base_options: options for that compiler: Inductor's ``options``, npugraph_ex's ``options``,
         attributes of torchair's ``CompilerConfig`` by their dotted names.
     lower: make ops of the device of the dialect ops: "auto": on an NPU; "off"; "npu": wherever the
-        graph is, for tests with `moe_fx.ascend.reference`.
+        graph is, for tests with `moe_fx.devices.ascend.reference`.
     exchange_cores: (AI cores, vector cores) that ops on the exchange's stream may use on an NPU.
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.

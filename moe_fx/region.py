@@ -100,8 +100,8 @@ class Parts:
     gate: where the router's description was read off.
     weighs_tokens: the weights multiply tokens before the experts, not the experts' rows.
     replaces: (captured result, node that takes its place) where the nodes above are not captured
-    ones but stand beside them (`passes/canonical.py`); captured: those then, each with its part
-    ("router", "dispatch", "experts" or "combine").
+    ones but stand beside them (`passes/recognise/by_value/canonical.py`); captured: those then,
+    each with its part ("router", "dispatch", "experts" or "combine").
     """
 
     select: Node

@@ -27,15 +27,16 @@ class Ran:
 
 
 _SHARDS = (
-    "tests/passes/test_id_bounds.py tests/test_shard.py "
-    "--deselect=tests/test_shard.py::test_one_graph_with_one_gather_a_weight"
+    "tests/passes/normalise/test_id_bounds.py tests/weights/test_shard.py "
+    "--deselect=tests/weights/test_shard.py::test_one_graph_with_one_gather_a_weight"
 )
 """transformers 5.17 itself does not compile the deselected one: ``grouped_mm_fallback`` asks for
 how many rows an expert has."""
 
 _OLDEST = (
-    "tests/ops tests/passes/test_[a-o]*.py tests/passes/test_recognise.py tests/test_errors.py "
-    "tests/test_mode.py"
+    "tests/ops tests/passes/normalise tests/passes/recognise/test_[a-e]*.py "
+    "tests/passes/recognise/test_recognise.py tests/passes/strategies/test_mc2.py "
+    "tests/passes/overlap/test_overlap.py tests/test_errors.py tests/entry/test_mode.py"
 )
 
 RAN = (

@@ -1,7 +1,17 @@
-"""The way through the house: every pass of moe_fx, in order.
+"""The way of a graph: every pass of moe_fx, in order.
 
-``torch.compile`` hands a graph to `moe_fx.backend`, which traces it to functional ATen
-(`moe_fx.capture`), runs this pipeline and gives the result to the base compiler.
+``torch.compile`` hands a graph to `moe_fx.entry.backend`, which traces it to functional ATen
+(`moe_fx.capture`), runs this pipeline and gives the result to the base compiler (`moe_fx.bases`) or
+to a device that lowers it (`moe_fx.devices`). A stage is a folder, whose first lines say what goes
+in and out, what it rejects, and where to add what::
+
+    normalise    one spelling for each operation
+    recognise    which nodes are an MoE layer, and what each of them means
+    plan         how tokens reach their experts: a strategy, in so many chunks
+    verify       the rewrite, run beside what was captured; what is not proved equal is declined
+    rewrite      regions -> dialect ops, as the plan's strategy (`strategies`) emits them
+    overlap      exchanges start early and are waited for late
+    lower        dialect ops -> the device's, in the graphs that the base compiler runs
 """
 
 from __future__ import annotations
@@ -10,21 +20,16 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
-from moe_fx.naming import module_of
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.describe import Describe
-from moe_fx.passes.exchanged import Exchanged
-from moe_fx.passes.fuse_router import FuseRouter
 from moe_fx.passes.legal import check_order, check_pairs, collectives, in_tests
-from moe_fx.passes.new_sizes import NewSizes
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
-from moe_fx.passes.plan_for_ranks import PlanForRanks
-from moe_fx.passes.planner import Plan
+from moe_fx.passes.plan import Plan, PlanForRanks
 from moe_fx.passes.recognise import Recognise
-from moe_fx.passes.rewrite import Rewrite
-from moe_fx.passes.unexchange import Unexchange
-from moe_fx.passes.verify import Verify
+from moe_fx.passes.recognise.exchanged import Exchanged, Unexchange
+from moe_fx.passes.rewrite import FuseRouter, Rewrite
+from moe_fx.passes.verify import Describe, NewSizes, Verify
+from moe_fx.report.naming import module_of
 
 ANALYSIS: tuple[Pass, ...] = (
     Normalise(),

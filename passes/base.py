@@ -20,8 +20,8 @@ from moe_fx.report import Report
 @dataclass(frozen=True)
 class StandIn:
     """``result``, computed by ``nodes``, in place of ``captured``, which is of equal value
-    (`passes/unexchange.py`). gathers: of the nodes, waited-for all-gathers of ``shards``. replaced:
-    the nodes that compute ``captured``."""
+    (`passes/recognise/exchanged/unexchange.py`). gathers: of the nodes, waited-for all-gathers of
+    ``shards``. replaced: the nodes that compute ``captured``."""
 
     captured: Node
     result: Node

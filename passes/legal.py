@@ -14,7 +14,7 @@ import os
 from torch.fx import Graph, Node
 
 from moe_fx.errors import MoeFxError
-from moe_fx.passes.schedule import STARTS, WAITS, may_communicate
+from moe_fx.passes.overlap.schedule import STARTS, WAITS, may_communicate
 
 __all__ = ["IllegalGraph", "check_order", "check_pairs", "collectives", "in_tests"]
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 import moe_fx
-from moe_fx.shard import shard_experts
+from moe_fx.weights.shard import shard_experts
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, RANK, GROUP = 4, 16, 16, 2, 4, 8
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 import moe_fx
-from moe_fx.backend import check_devices
+from moe_fx.entry.backend import check_devices
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.mutations.__main__ import CASES, main, measure
 from tests.mutations.kinds import KINDS, layer_of, mistakes
 from tests.passes.graphs import block, captured, tokens
-from tests.passes.test_verify import plant, weights_dropped
+from tests.passes.verify.test_verify import plant, weights_dropped
 
 runner = CliRunner()
 

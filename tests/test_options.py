@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_fx
-from moe_fx.groups import require_group
 from moe_fx.options import parse_options
+from moe_fx.ranks.groups import require_group
 from moe_fx.testing import RankPool
 
 

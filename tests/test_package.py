@@ -24,7 +24,11 @@ def test_the_wheel_is_typed_and_says_what_it_is(tmp_path: Path) -> None:
         names = archive.namelist()
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         said = email.message_from_bytes(archive.read(metadata))
-    for name in ("moe_fx/py.typed", "moe_fx/templates/report.html", "moe_fx_cli/__init__.py"):
+    for name in (
+        "moe_fx/py.typed",
+        "moe_fx/report/templates/report.html",
+        "moe_fx_cli/__init__.py",
+    ):
         assert name in names
     assert "Typing :: Typed" in said.get_all("Classifier", [])
     assert said.get_all("Project-URL")

@@ -117,7 +117,7 @@ def demo_command(
     cannot be used.
     """
     with _failing():
-        from moe_fx.demo import DEFAULT_MODELS, run_demo
+        from moe_fx.cli.demo import DEFAULT_MODELS, run_demo
 
         passed = run_demo(tuple(model or DEFAULT_MODELS), ranks, tokens, base, Console())
     raise typer.Exit(0 if passed else 1)
@@ -188,7 +188,7 @@ def explain_command(
     may be missed; 2 if the target or an option cannot be used.
     """
     with _failing():
-        from moe_fx.target import load
+        from moe_fx.cli.target import load
 
         report = load(target, implementation, dtype).explain(dynamic=dynamic or None, ranks=ranks)
         report.print(Console())

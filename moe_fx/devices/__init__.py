@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_fx.ascend.device import Ascend, is_for_ascend
+from moe_fx.devices.ascend.device import Ascend, is_for_ascend
 from moe_fx.devices.plain import Plain
 from moe_fx.options import Options
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moe_fx.bases.inductor import compile_by_base
 from moe_fx.device import Device
 from moe_fx.options import Options
-from moe_fx.order import compile_by_base
 from moe_fx.report import Report
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_fx.dispatcher.config import MoEDispatcherConfig
 from moe_fx.errors import ConfigurationError
-from moe_fx.groups import require_group
 from moe_fx.ops.routing import gating_top_k
-from moe_fx.waiting import TIMEOUT
+from moe_fx.ranks.groups import require_group
+from moe_fx.ranks.waiting import TIMEOUT
 
 __all__ = ["MoEDispatcher"]
 

@@ -1,5 +1,5 @@
 """transformers: its ``ep_implementation="moe_fx"`` (`expert_parallel.py`), and `sharded_loading`
-(`moe_fx/pretrained.py`).
+(`moe_fx/weights/pretrained.py`).
 
 Which releases it has been run on: `moe_fx.supported`.
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 import transformers
 
 from moe_fx.integrations.expert_parallel import register
-from moe_fx.pretrained import sharded_loading
 from moe_fx.supported import check_transformers
+from moe_fx.weights.pretrained import sharded_loading
 
 __all__ = ["sharded_loading"]
 

@@ -7,8 +7,8 @@ whole ones. `register` puts the pass that vLLM's configuration asks for
 - ``GraphFusionPassManager.configure``: with the other passes; what it makes of a graph runs op by
   op, exchanges on HCCL's own stream;
 - ``_configure_backend``: as npugraph_ex's ``post_grad_custom_pre_pass``; exchanges get streams and
-  events there (`moe_fx.ascend.streams`). What it compiles is captured, so strategies that wait for
-  the device are refused.
+  events there (`moe_fx.devices.ascend.streams`). What it compiles is captured, so strategies that
+  wait for the device are refused.
 
 The steps of its layers are written for vLLM-Ascend's main branch (``AscendMoERunner``).
 """
@@ -25,8 +25,8 @@ from torch.fx import Graph, GraphModule
 from vllm.compilation.passes.inductor_pass import get_pass_context
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
-from moe_fx.ascend.compile import device_pass
-from moe_fx.graph_pass import module_of
+from moe_fx.devices.ascend.compile import device_pass
+from moe_fx.entry.graph_pass import module_of
 from moe_fx.integrations.vllm import ops
 from moe_fx.integrations.vllm.steps import Steps
 from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass

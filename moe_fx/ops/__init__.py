@@ -21,7 +21,7 @@
 | ``checked_sizes`` | as ``split_sizes``; an error on all ranks if one's status is bad |
 | ``distribute`` / ``collect`` | all of the way to the experts / and back, in one op (MC2) |
 | ``exchange`` / ``keep`` | an exchange in one op / keeps buffers from being freed |
-| ``remember`` | the same ids, kept from forward for backward (`moe_fx.recompute`) |
+| ``remember`` | the same ids, kept from forward for backward (`moe_fx.capture.recompute`) |
 | ``gating_top_k`` | as ``route``, whole (inference) |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fx.agree import ensure_same
 from moe_fx.compat import resolve_group
 from moe_fx.errors import BadInput
 from moe_fx.ops._define import define
-from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
+from moe_fx.ranks.agree import ensure_same
+from moe_fx.ranks.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 FINE, OUT_OF_RANGE, REFUSED = range(3)
 """Codes: all is well; an id is no expert's (detail: the id); the rank has raised an error of its

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fx.agree import ensure
 from moe_fx.compat import resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import count_bytes
-from moe_fx.waiting import TIMEOUT, WAITING, of, start_and_wait
+from moe_fx.ranks.agree import ensure
+from moe_fx.ranks.waiting import TIMEOUT, WAITING, of, start_and_wait
 
 _ASSIST = 128
 """Numbers per row that ``collect`` may need, as torch_npu has them; here: the source rank."""

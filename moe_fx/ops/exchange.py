@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from moe_fx.agree import ensure
 from moe_fx.compat import data_dependent_size, resolve_group
 from moe_fx.ops._define import define
-from moe_fx.waiting import TIMEOUT, WAITING, Exchange, of, start, start_and_wait
+from moe_fx.ranks.agree import ensure
+from moe_fx.ranks.waiting import TIMEOUT, WAITING, Exchange, of, start, start_and_wait
 
 NOBODY = -1
 """Sizes of rows that no rank of the group sends or receives: nothing is exchanged."""
@@ -83,9 +83,10 @@ def _exchange_counts(
     """``counts [C * W * P]``, of each chunk, rank and expert of a slice, to what this rank gets:
     ``[W, C * P]``, of each source, chunk and own expert of a slice.
 
-    ``plans``: what every rank of the group must have planned (`moe_fx.agree.describe`), checked
-    before the group's first exchange with these plans, waiting ``timeout`` seconds for others.
-    ``layer``, ``exchange_timeout``: who waits, in an error, and how long (`moe_fx.waiting`).
+    ``plans``: what every rank of the group must have planned (`moe_fx.ranks.agree.describe`),
+    checked before the group's first exchange with these plans, waiting ``timeout`` seconds for
+    others.
+    ``layer``, ``exchange_timeout``: who waits, in an error, and how long (`moe_fx.ranks.waiting`).
     """
     if plans is not None:
         ensure(group, plans, timeout)

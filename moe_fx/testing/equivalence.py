@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.report import Report
-from moe_fx.shard import shard_experts
 from moe_fx.testing.ranks import RankPool, pack
+from moe_fx.weights.shard import shard_experts
 
 Program = Literal["replicated", "gathered"]
 _TIMEOUT = 600.0

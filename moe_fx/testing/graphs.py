@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from moe_fx import passes
-from moe_fx.capture import capture as to_functional_aten
+from moe_fx.capture.capture import capture as to_functional_aten
 from moe_fx.compat import graph_breaks
 from moe_fx.errors import MoeFxError
 from moe_fx.options import Options

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from moe_fx.explain import explain
+from moe_fx.entry.explain import explain
 from moe_fx.options import Options
 from moe_fx.region import Declined, Region, Router
 from moe_fx.report import Report

@@ -33,7 +33,7 @@ from transformers import (
 
 import moe_fx
 from moe_fx import passes
-from moe_fx.capture import capture
+from moe_fx.capture.capture import capture
 from moe_fx.options import Options
 
 SHARE_BOUND, GROWTH_BOUND = 0.05, 1.3

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from moe_fx.tiny import tiny_model
+from moe_fx.cli.tiny import tiny_model
 
 MY_MODEL = """\
 import torch

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_fx
 from moe_fx.integrations.transformers import sharded_loading
-from moe_fx.shard import shard_experts
+from moe_fx.weights.shard import shard_experts
 from tests.e2e.ranks import (
     DenseExperts,
     _compare_gradients,

@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 import moe_fx
 from moe_fx.integrations.transformers import sharded_loading
-from moe_fx.shard import shard_experts
+from moe_fx.weights.shard import shard_experts
 from tests.models import build, token_ids
 
 _RECORDED: list[GraphModule] = []

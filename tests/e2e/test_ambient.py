@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moe_fx
-from moe_fx.ambient import neutral
+from moe_fx.entry.ambient import neutral
 from moe_fx.testing import RankPool
 
 E, H, T, K = 4, 16, 6, 2

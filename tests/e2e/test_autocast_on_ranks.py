@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_fx
-from moe_fx.shard import shard_experts
 from moe_fx.testing import RankPool
+from moe_fx.weights.shard import shard_experts
 from tests.e2e.ranks import _compare_gradients, _gradients, expert_block, relative_error
 from tests.models import build, token_ids
 

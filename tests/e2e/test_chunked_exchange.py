@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import moe_fx
-from moe_fx import decide
+from moe_fx.cost import decide
+from moe_fx.cost.link import Link
 from moe_fx.errors import RanksDiffer
-from moe_fx.link import Link
-from moe_fx.passes import planner
+from moe_fx.passes.plan import planner
 from moe_fx.plan import ExchangePlan
 from moe_fx.testing import RankPool
 from tests.passes.graphs import block, relative_error, tokens
@@ -184,7 +184,7 @@ def emitted(rank: int, family: str, training: bool) -> list[list[str]]:
             out.sum().backward()
         return out
 
-    slow = mock.patch("moe_fx.passes.node_costs.known", lambda group, device: SLOW)
+    slow = mock.patch("moe_fx.passes.overlap.node_costs.known", lambda group, device: SLOW)
     uncached = torch._inductor.config.patch(fx_graph_cache=False)
     with slow, uncached, torch.set_grad_enabled(training):
         _, codes = run_and_get_code(step)

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import moe_fx
-from moe_fx import decide
-from moe_fx.link import Link
+from moe_fx.cost import decide
+from moe_fx.cost.link import Link
 from moe_fx.ops.exchange import bytes_sent, pending_exchanges
-from moe_fx.passes import planner
+from moe_fx.passes.plan import planner
 from moe_fx.plan import ExchangePlan
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import Comparison, compare

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_fx.agree import agree_once
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.plan import ExchangePlan
-from moe_fx.shard import shard_experts
+from moe_fx.ranks.agree import agree_once
 from moe_fx.testing import RankPool
+from moe_fx.weights.shard import shard_experts
 from tests.e2e.ranks import expert_block
 from tests.models import build
 

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils import _pytree as pytree
 
 import moe_fx
-from moe_fx.net import VARIABLE
+from moe_fx.entry.net import VARIABLE
 from moe_fx.region import Declined
 from tests.e2e.quantised import Quantised
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from moe_fx.passes.roles import same
+from moe_fx.graph.nodes import same
 from tests.mutations.changes import (
     Change,
     Mutation,

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moe_fx.errors import MoeFxError
-from moe_fx.passes.normalise import copy_graph
+from moe_fx.graph.copy import copy_graph
 from tests.mutations.changes import Mutation, named
 from tests.passes.graphs import Captured, relative_error, rewritten_on_ranks, run_ranks
 

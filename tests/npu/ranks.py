@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx import agree, compat, presence
-from moe_fx.ascend import npu, reference
-from moe_fx.ascend.compile import NpuGraphPass
-from moe_fx.ascend.device_pass import DevicePass
-from moe_fx.ascend.ge import GePass
-from moe_fx.ascend.happens_before import races
+from moe_fx import compat
+from moe_fx.devices.ascend import npu, reference
+from moe_fx.devices.ascend.compile import NpuGraphPass
+from moe_fx.devices.ascend.device_pass import DevicePass
+from moe_fx.devices.ascend.ge import GePass
+from moe_fx.devices.ascend.happens_before import races
+from moe_fx.ranks import agree, presence
 from moe_fx.report import Report
 from moe_fx.testing import RankPool
 from tests.dispatcher.test_captured import TOP_K, layer, tokens
@@ -121,7 +122,7 @@ def prepare() -> None:
 @contextmanager
 def _lowered_for(target: str, graphs: list[GraphModule]) -> Iterator[None]:
     """Whatever the compiler asks for, what ``target`` would run."""
-    from moe_fx.ascend import compile as compilation
+    from moe_fx.devices.ascend import compile as compilation
 
     kind = LOWERED[target]
     before = compilation.device_pass

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_fx.ascend.constraints import violations
+from moe_fx.devices.ascend.constraints import violations
 
 GOOD_GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 0}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
-from moe_fx.ascend import npu
-from moe_fx.ascend.happens_before import races
+from moe_fx.devices.ascend import npu
+from moe_fx.devices.ascend.happens_before import races
 
 npu.npugraph_ex()
 own = torch.ops.npugraph_ex

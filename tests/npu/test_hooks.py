@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 import moe_fx
-from moe_fx.ascend import npu
-from moe_fx.ascend.compile import device_pass
-from moe_fx.ascend.ge import compile_ge
+from moe_fx.devices.ascend import npu
+from moe_fx.devices.ascend.compile import device_pass
+from moe_fx.devices.ascend.ge import compile_ge
 from moe_fx.errors import ConfigurationError
 from moe_fx.report import Report
 from moe_fx.testing import RankError, RankPool
@@ -42,7 +42,7 @@ def test_npugraph_ex(ranks2: RankPool) -> None:
     for nodes, lowered, _ in results:
         assert {"npu.npu_grouped_matmul", "npu_define.all_to_all_single_npu"} <= set(lowered)
         assert "npu.npu_grouped_matmul.default" in nodes
-        assert "moe_fx.agree.default" in nodes
+        assert "moe_fx.ranks.agree.default" in nodes
         assert "npugraph_ex.tagged_event_wait.default" in nodes
 
 

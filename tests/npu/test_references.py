@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_fx.ascend import reference
-from moe_fx.ascend.constraints import checked_ops
+from moe_fx.devices.ascend import reference
+from moe_fx.devices.ascend.constraints import checked_ops
 
 T, K, E, H = 6, 2, 4, 8
 ROWS = torch.randn(T * K, H)

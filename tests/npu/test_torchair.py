@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe_fx.ascend.streams import LABEL
+from moe_fx.devices.ascend.streams import LABEL
 from moe_fx.testing import RankPool
 from tests.npu.ranks import Converted, converted, on_device
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_fx.ascend import reference
+from moe_fx.devices.ascend import reference
 from moe_fx.testing import RankPool
 from tests.npu.ranks import compared
 

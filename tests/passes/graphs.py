@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from moe_fx import passes, simulate
-from moe_fx.capture import capture
+from moe_fx import passes
+from moe_fx.capture.capture import capture
 from moe_fx.options import Options
+from moe_fx.passes.evaluate import simulate
 from moe_fx.report import Report
 from tests.models import FAMILIES
 
@@ -107,7 +108,7 @@ def captured(
     execute: bool = True,
     **kwargs: Any,
 ) -> Captured:
-    """The one graph of ``model(*args)``, through Dynamo and `moe_fx.capture`.
+    """The one graph of ``model(*args)``, through Dynamo and `moe_fx.capture.capture`.
 
     ``execute=False`` keeps the graph from running: for weights that are never to be touched.
     """

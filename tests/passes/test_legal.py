@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from moe_fx import passes
 from moe_fx.passes.legal import IllegalGraph, check_order, check_pairs, collectives
-from moe_fx.passes.schedule import STARTS, WAITS
+from moe_fx.passes.overlap.schedule import STARTS, WAITS
 from tests.passes.graphs import block, captured, rewritten, tokens
 
 

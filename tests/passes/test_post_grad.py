@@ -22,15 +22,16 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import moe_fx
-from moe_fx import graph_pass, passes, sources
+from moe_fx import passes, sources
 from moe_fx.compat import CustomGraphPass
+from moe_fx.entry import graph_pass
 from moe_fx.testing import RankPool
 from tests.e2e.ranks import expert_block, relative_error
 from tests.models import FAMILIES, build, token_ids
 from tests.passes.graphs import block, op_names, tokens
 from tests.passes.grouped import Grouped
 from tests.passes.post_grad import compiled_with, hooked, post_grad_graph
-from tests.passes.test_router import CUSTOM, TEMPLATES, SharpenedSoftmax, SoftmaxOfSigmoid
+from tests.passes.recognise.test_router import CUSTOM, TEMPLATES, SharpenedSoftmax, SoftmaxOfSigmoid
 
 MODELS = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")

@@ -13,9 +13,9 @@ from torch._dynamo import register_backend
 from torch.fx import GraphModule
 
 from moe_fx import passes
-from moe_fx.backend import rewrite
+from moe_fx.entry.backend import rewrite
 from moe_fx.options import Options
-from moe_fx.passes import verify
+from moe_fx.passes.verify import verify
 from moe_fx.report import Report
 from moe_fx.testing import assert_matches
 from tests.passes.graphs import block, captured, relative_error, tokens
@@ -160,7 +160,7 @@ def test_a_graph_without_a_selection_is_not_even_captured(
     def never(*args: Any) -> None:
         raise AssertionError("captured")
 
-    monkeypatch.setattr("moe_fx.backend.capture", never)
+    monkeypatch.setattr("moe_fx.entry.backend.capture", never)
     _, report = compile_and_run(Dense(), tokens(12, 32))
     assert (report.graphs, report.regions, report.declined) == (1, [], [])
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_fx.passes import compare, rank_values, sizes, trials
-from moe_fx.passes.typical import drawn, kind_of
+from moe_fx.passes.evaluate import compare, sizes
+from moe_fx.passes.evaluate.typical import drawn, kind_of
+from moe_fx.passes.recognise.by_value import trials
+from moe_fx.passes.verify import rank_values
 from tests.passes.graphs import block, captured, rewritten, tokens
 from tests.proofs.layers import HIDDEN, SPELLINGS, TOKENS, random, route, weights
 from tests.proofs.situations import MASKS, SITUATIONS, masked_by

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moe_fx import passes
-from moe_fx.capture import capture
+from moe_fx.capture.capture import capture
 from moe_fx.options import Options
-from moe_fx.passes.normalise import Normalise
+from moe_fx.passes.normalise.normalise import Normalise
 from moe_fx.report import Report
 from tests.spellings import SPELLINGS, Spelling
 

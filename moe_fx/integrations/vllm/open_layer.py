@@ -12,7 +12,7 @@ Pseudo-code, "replicated" (each rank of the group has all these tokens)::
 "alltoall", where ``W`` ranks have the same tokens::
 
     own = own_tokens(tokens, W);  weights, ids = route(own)
-    rows travel to their experts and back (moe_fx.passes.travel)
+    rows travel to their experts and back (moe_fx.passes.strategies.alltoall)
     routed = place_tokens(result, W)                         # among zeros
 """
 
@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 from moe_fx.compat import FakeValues
 from moe_fx.integrations.vllm.layout import Layout
 from moe_fx.integrations.vllm.sites import Site
-from moe_fx.passes.emitter import Emitter
-from moe_fx.passes.travel import TRAVEL
+from moe_fx.passes.strategies.alltoall import TRAVEL
+from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Parts
 

@@ -15,15 +15,15 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.version import __version__ as vllm_version
 
+from moe_fx.entry.graph_pass import agree_when_run, module_of
 from moe_fx.errors import NothingMatched
-from moe_fx.graph_pass import agree_when_run, module_of
+from moe_fx.graph.copy import copy_graph
+from moe_fx.graph.splice import splice
 from moe_fx.integrations.vllm.layout import Layout, Unsupported, layout
 from moe_fx.integrations.vllm.open_layer import REPLICATED, open_layer
 from moe_fx.integrations.vllm.options import VllmOptions, parse
 from moe_fx.integrations.vllm.sites import Site, sites
-from moe_fx.passes.normalise import copy_graph
-from moe_fx.passes.overlap import overlap
-from moe_fx.passes.splice import splice
+from moe_fx.passes.overlap.overlap import overlap
 from moe_fx.plan import ExchangePlan, slices
 from moe_fx.region import Declined, source_of
 from moe_fx.report import Report

@@ -20,8 +20,8 @@ from vllm.compilation.passes.inductor_pass import pass_context
 from vllm.config import CompilationConfig
 from vllm.config.utils import Range
 
-from moe_fx.ascend import constraints
-from moe_fx.ascend.happens_before import races
+from moe_fx.devices.ascend import constraints
+from moe_fx.devices.ascend.happens_before import races
 from moe_fx.integrations import vllm_ascend
 from moe_fx.integrations.vllm.vllm_pass import VllmMoEPass
 from moe_fx.testing import RankPool

@@ -1,0 +1,152 @@
+"""Exchanges of a device, where no host waits: watched from beside, and ended if they hang.
+
+After each exchange an event is recorded on its stream. A thread looks at events that are older than
+a rank's patience and, like a rank that waits itself, says in the group's store where this one
+stands. An exchange that does not end in time is logged, the group is aborted, which lets the stream
+go on, and the thread that runs the model gets the error as soon as it is back from the device:
+before it can use any value, since those that hung are not results.
+
+Nothing is recorded while a CUDA graph is captured, and none of its replays is watched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_fx.compat import abort_group, in_backward
+from moe_fx.errors import MoeFxError, RanksDiffer
+from moe_fx.ranks import presence
+from moe_fx.ranks.presence import Stand, patience
+
+__all__ = ["watch"]
+
+log = logging.getLogger("moe_fx")
+
+Failure = Callable[[dist.ProcessGroup, Stand, float, float, Exception | None], MoeFxError]
+
+
+@dataclass
+class _Watched:
+    event: Any
+    group: dist.ProcessGroup
+    device: torch.device
+    stand: Stand
+    timeout: float
+    failure: Failure
+    began: float
+    said: bool = False
+
+
+_watched: deque[_Watched] = deque()
+_some = threading.Event()
+_thread: threading.Thread | None = None
+_model_thread = threading.main_thread().ident
+
+
+def watch(
+    group: dist.ProcessGroup, device: torch.device, stand: Stand, timeout: float, failure: Failure
+) -> None:
+    """The exchange that the current stream has just been made to wait for. ``failure``: what makes
+    the error (`moe_fx.ranks.waiting.failure`). Only CUDA's are watched."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    global _model_thread
+    if not in_backward():
+        _model_thread = threading.get_ident()
+    event = torch.cuda.Event()
+    event.record()
+    add(_Watched(event, group, device, stand, timeout, failure, time.monotonic()))
+
+
+def add(watched: _Watched) -> None:
+    """``watched.event`` has a ``query()`` that says whether the exchange is over."""
+    global _thread
+    while _watched and not _watched[0].said and _watched[0].event.query():
+        _watched.popleft()
+    _watched.append(watched)
+    if _thread is None:
+        _thread = threading.Thread(target=_look_on, name="moe_fx device watch", daemon=True)
+        _thread.start()
+    _some.set()
+
+
+def _look_on() -> None:
+    while True:
+        _some.wait()
+        try:
+            first = _watched[0]
+        except IndexError:
+            _some.clear()
+            continue
+        waited = time.monotonic() - first.began
+        pause = patience(first.timeout)
+        if waited >= pause and _is_over(first, waited):
+            continue
+        time.sleep(pause if waited >= pause else pause - waited)
+
+
+def _is_over(watched: _Watched, waited: float) -> bool:
+    """One look at an exchange that takes long; takes it from the list if it has come to an end."""
+    if watched.event.query():
+        if watched.said:
+            presence.say(watched.group, None)
+        _drop(watched)
+        return True
+    error = _error(watched, waited)
+    if error is None:
+        return False
+    _drop(watched)
+    _end(watched, error)
+    return True
+
+
+def _drop(watched: _Watched) -> None:
+    if watched in _watched:
+        _watched.remove(watched)
+
+
+def _error(watched: _Watched, waited: float) -> MoeFxError | None:
+    group, stand = watched.group, watched.stand
+    if waited > watched.timeout:
+        return watched.failure(group, stand, waited, watched.timeout, None)
+    try:
+        if not watched.said:
+            presence.say(group, stand)
+            watched.said = True
+        how = presence.crossed(group, stand)
+    except RuntimeError as refusal:  # the store has gone with the rank that served it
+        return watched.failure(group, stand, waited, watched.timeout, refusal)
+    return RanksDiffer(presence.differing(how)) if how else None
+
+
+def _end(watched: _Watched, error: MoeFxError) -> None:
+    log.error("%s", error)
+    raise_in(_model_thread, error)
+    _watched.clear()
+    abort_group(watched.group, watched.device)
+
+
+def raise_in(thread: int | None, error: MoeFxError) -> None:
+    """Raise ``error`` in another thread, once it runs Python again."""
+    kind, text = type(error), str(error)
+
+    class Raised(kind):  # type: ignore[misc, valid-type]
+        """Python makes the exception there, without arguments."""
+
+        def __init__(self) -> None:
+            super().__init__(text)
+
+    Raised.__name__ = Raised.__qualname__ = kind.__name__
+    Raised.__module__ = kind.__module__
+    if thread is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Raised))

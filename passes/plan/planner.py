@@ -1,0 +1,223 @@
+"""Plan: how each region's tokens reach their experts.
+
+Contract. In: recognised regions. Out: one `ExchangePlan` per region, the same on every rank but for
+the rank number. Raises `ConfigurationError` if the experts do not divide by the group.
+
+Pseudo-code::
+
+    group = the gather's group if the weights are gathered, else the option's
+    no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
+        of the strategies asked for, those that fit the region
+        overlap is a number -> the first of them in about so many chunks;  "off" -> in one
+        "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx/cost`), by the link and the
+                  speeds measured here; decided by the group's first rank, once per kind of layer
+        chunks of an exact all-to-all are cut by rows; by expert on NPUs, and in training by a base
+        compiler whose backward graph is out of reach
+
+Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly; a
+region that the strategy asked for does not fit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+from torch.fx import GraphModule
+
+from moe_fx.compat import resolve_group
+from moe_fx.cost.decide import decide, link_of
+from moe_fx.cost.layer import PRICED, Choice, Layer, choose, timeline
+from moe_fx.cost.rates import measured
+from moe_fx.errors import ConfigurationError
+from moe_fx.options import ORDERS_LATER, Options
+from moe_fx.passes.base import Context, Pass, PassResult
+from moe_fx.passes.strategies.cost_layer import device_of, layer_of
+from moe_fx.passes.strategies.fitting import Misfit, fitting_strategies, most_chunks
+from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
+from moe_fx.region import Declined, Region
+
+log = logging.getLogger("moe_fx")
+
+CHUNKS = (1, 2, 4, 8)
+"""What `"auto"` weighs up. With 16, half as much of the exchange's ends stays exposed: 3 % of it.
+Measured (docs/overlap.md), they took from 3 % less to 16 % more time than 8."""
+
+
+class Plan(Pass):
+    def _apply(self, module: GraphModule, context: Context) -> PassResult:
+        kept: list[tuple[Region, ExchangePlan]] = []
+        for region in context.regions:
+            try:
+                kept.append((region, plan_exchange(region, _group_of(region, context), context)))
+            except Misfit as misfit:
+                context.report.declined.append(
+                    Declined(str(misfit), region.output, region.source, region.form)
+                )
+        context.regions = [region for region, _ in kept]
+        context.plans = [plan for _, plan in kept]
+        return PassResult(module, changed=False)
+
+
+def _group_of(region: Region, context: Context) -> dist.ProcessGroup | None:
+    names = {gather.group_name for gather in region.parts.gathers}
+    if context.group is not None:
+        names.add(context.group.group_name)
+    if len(names) > 1:
+        raise Misfit(f"expert weights are gathered over more than one group: {sorted(names)}")
+    return resolve_group(names.pop()) if names else None
+
+
+def plan_exchange(
+    region: Region, group: dist.ProcessGroup | None, context: Context
+) -> ExchangePlan:
+    experts = region.num_experts
+    if group is None or group.size() == 1:
+        return ExchangePlan("local", experts, experts)
+    world = group.size()
+    if experts % world:
+        fitting = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise ConfigurationError(
+            f"The MoE layer at {region.source} has {experts} experts, which do not divide by the "
+            f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
+            f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
+        )
+    strategies = fitting_strategies(region, context, world)
+    predicted = None
+    if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
+        choice, predicted = _cheapest(region, group, context, strategies)
+    else:
+        choice = asked(strategies[0], experts // world, context)
+    return planned(
+        region, choice, context.options, (group.group_name, world, group.rank()), predicted
+    )
+
+
+def planned(
+    region: Region,
+    choice: Choice,
+    options: Options,
+    place: tuple[str, int, int],
+    predicted: Predicted | None = None,
+) -> ExchangePlan:
+    """place: the group's name, its ranks, and this rank."""
+    experts = region.num_experts
+    return ExchangePlan(
+        choice.strategy,
+        experts,
+        experts if choice.strategy == "gather_weights" else experts // place[1],
+        *place,
+        choice.expert_slices,
+        choice.token_slices,
+        choice.row_slices,
+        capacity_factor=choice.capacity_factor,
+        drop=options.on_overflow == "drop",
+        predicted=predicted,
+    )
+
+
+def asked(strategy: str, local_experts: int, context: Context) -> Choice:
+    """Where nothing is measured."""
+    options = context.options
+    chunks = options.overlap if isinstance(options.overlap, int) else 1
+    most = most_chunks(strategy, options)
+    if chunks > most:
+        log.warning(
+            "overlap=%d: strategy=%r is planned in %d chunks at most for base=%r",
+            chunks,
+            strategy,
+            most,
+            options.base,
+        )
+    return _cut(strategy, local_experts, min(chunks, most), context)
+
+
+def candidates(strategies: Sequence[str], local_experts: int, context: Context) -> list[Choice]:
+    """The first is what does nothing."""
+    return list(
+        dict.fromkeys(
+            _cut(strategy, local_experts, chunks, context)
+            for strategy in strategies
+            for chunks in CHUNKS
+            if chunks <= most_chunks(strategy, context.options)
+        )
+    )
+
+
+def _cut(strategy: str, local_experts: int, chunks: int, context: Context) -> Choice:
+    if strategy == "alltoall":
+        by_rows = _by_rows(context)
+        return Choice(row_slices=chunks) if by_rows else Choice(*slices(local_experts, chunks))
+    if strategy in ("gather_weights", "mc2"):
+        return Choice(1, 1, strategy)
+    return Choice(1, chunks, strategy, context.options.capacity_factor)
+
+
+def _by_rows(context: Context) -> bool:
+    """Whether chunks of an exact all-to-all are cut by rows. In training each chunk has gradients
+    of all experts' weights: only where they are summed as one. Not on NPUs, whose graphs know
+    chunks by expert."""
+    if context.training:
+        return _sums_gradients(context)
+    return not context.device.lowers
+
+
+def _sums_gradients(context: Context) -> bool:
+    return context.options.base in ORDERS_LATER and not context.device.lowers
+
+
+def _cheapest(
+    region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
+) -> tuple[Choice, Predicted]:
+    sums_gradients = _sums_gradients(context)
+    layer = layer_of(region, group.size(), context.training, sums_gradients)
+    device = device_of(region)
+    timeout = context.options.agree_timeout
+    link = link_of(group, device, timeout)
+
+    def chosen() -> dict[str, Any]:
+        options = [
+            choice
+            for choice in candidates(strategies, layer.local_experts, context)
+            if choice.legal(layer)
+        ]
+        compute = measured(device, layer.dtype)
+        best, predictions = choose(layer, link, compute, options)
+        own = predictions[options.index(best)]
+        predicted = Predicted(
+            own.seconds,
+            own.compute,
+            own.exchange,
+            predictions[0].seconds,
+            timeline(layer, link, compute, best),
+            timeline(layer, link, compute, options[0]),
+            tuple(
+                Weighed(choice.strategy, choice.chunks, prediction.seconds)
+                for choice, prediction in zip(options, predictions, strict=True)
+            ),
+        )
+        return {"choice": asdict(best), "predicted": asdict(predicted)}
+
+    found = decide(group, f"{list(strategies)} {_kind(layer)}", chosen, timeout)
+    return Choice(**found["choice"]), _predicted(**found["predicted"])
+
+
+def _predicted(
+    timeline: Any, timeline_unoverlapped: Any, weighed: Any, **seconds: float
+) -> Predicted:
+    """From JSON."""
+    spans = [tuple(Span(**each) for each in found) for found in (timeline, timeline_unoverlapped)]
+    return Predicted(
+        **seconds,
+        timeline=spans[0],
+        timeline_unoverlapped=spans[1],
+        weighed=tuple(Weighed(**each) for each in weighed),
+    )
+
+
+def _kind(layer: Layer) -> str:
+    """All that ranks have in common."""
+    return repr({k: v for k, v in asdict(layer).items() if k != "tokens"})

@@ -1,0 +1,110 @@
+"""Exchanges that no host waits for are watched from beside: here with events that tests set."""
+
+from __future__ import annotations
+
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_fx.errors import MoeFxError, RankMissing
+from moe_fx.ranks import device_watch, presence
+from moe_fx.ranks.device_watch import _Watched
+from moe_fx.ranks.waiting import failure
+from moe_fx.testing import RankPool
+
+WAIT = 1.0
+LAYER = "model.layers.1.mlp (model.py:7)"
+
+
+class Event:
+    """Of an exchange that is over once it was aborted, or when it says so."""
+
+    def __init__(self, over: bool = False) -> None:
+        self.over = threading.Event()
+        if over:
+            self.over.set()
+
+    def query(self) -> bool:
+        return self.over.is_set()
+
+
+def watched(group: dist.ProcessGroup, event: Event, timeout: float = WAIT) -> _Watched:
+    stand = presence.next_exchange(group, f"rows of {LAYER}")
+    device = torch.device("cuda")
+    return _Watched(event, group, device, stand, timeout, failure, time.monotonic())
+
+
+def wait_beside(rank: int, absent: int) -> str:
+    """The thread that runs the model waits in C, as for a device, until the group is aborted."""
+    group = dist.new_group()
+    if rank == absent:
+        return ""
+    event = Event()
+    with mock.patch.object(device_watch, "abort_group", lambda *_: event.over.set()):
+        try:
+            device_watch.add(watched(group, event))
+            event.over.wait(60)
+            return "a value that hung was used"
+        except RankMissing as error:
+            return str(error)
+
+
+def test_the_thread_that_runs_the_model_gets_the_error_before_any_value(ranks2: RankPool) -> None:
+    message, _ = ranks2.run(wait_beside, 1)
+    assert message.startswith("Rank 0 waited 1")
+    assert f"in exchange 1 (rows of {LAYER})" in message
+    assert "for rank(s) [1], which did not come to it" in message
+
+
+def fine(rank: int) -> int:
+    """Exchanges that end, one of them late; how many are still watched."""
+    group = dist.new_group()
+    late = Event()
+    with mock.patch.object(device_watch, "abort_group", side_effect=MoeFxError):
+        device_watch.add(watched(group, Event(over=True)))
+        device_watch.add(watched(group, late, timeout=20 * WAIT))
+        threading.Timer(0.1, late.over.set).start()
+        late.over.wait()
+        device_watch.add(watched(group, Event(over=True)))
+    return len(device_watch._watched)
+
+
+def test_exchanges_that_end_are_let_go(ranks2: RankPool) -> None:
+    assert ranks2.run(fine) == [1, 1]
+
+
+def test_an_error_arrives_in_another_thread_with_its_text() -> None:
+    found: list[str] = []
+    ready = threading.Event()
+
+    def work() -> None:
+        try:
+            ready.set()
+            while True:
+                time.sleep(0.01)
+        except RankMissing as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    device_watch.raise_in(thread.ident, RankMissing("rank 1 is gone"))
+    thread.join(30)
+    assert found == ["rank 1 is gone"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to watch")
+def test_nothing_is_watched_on_the_host(ranks2: RankPool) -> None:
+    assert ranks2.run(_host) == [0, 0]
+
+
+def _host(rank: int) -> int:
+    group = dist.new_group()
+    before = len(device_watch._watched)
+    counts = torch.ones(4, dtype=torch.int64)
+    torch.ops.moe_fx.exchange_counts(counts, group.group_name)
+    return len(device_watch._watched) - before
