@@ -1,9 +1,31 @@
 """Strategies: how rows travel between tokens and experts.
 
-In: a region and a plan. Out: nodes of the dialect, from tokens to the region's result
-(``TRAVEL[plan.strategy]`` in `alltoall`, `even`, `mc2`), written with an `emitter`. `fitting` says
-which strategies a region can have.
+In: a region and a plan. Out: nodes of the dialect, from tokens to the region's result, written with
+an `emitter` by ``STRATEGIES[plan.strategy]``. `fitting` says which strategies a region can have.
 
-To add a strategy: a file here with its function of an `Emitter`, a line in ``TRAVEL``, its limits
-in `fitting`, its price in `moe_fx/cost/layer.py`.
+To add a strategy: a file here with a function of an `Emitter`, a line in ``STRATEGIES``, its limits
+in `fitting`, its price in `moe_fx/cost/layer.py`, and its name in `moe_fx/options.py`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from moe_fx.passes.strategies.alltoall import alltoall
+from moe_fx.passes.strategies.emitter import Emitter
+from moe_fx.passes.strategies.even import allgather, padded_alltoall
+from moe_fx.passes.strategies.local import local
+from moe_fx.passes.strategies.mc2 import mc2
+
+__all__ = ["STRATEGIES"]
+
+STRATEGIES: dict[str, Callable[[Emitter], Node]] = {
+    "local": local,
+    "gather_weights": local,
+    "alltoall": alltoall,
+    "padded_alltoall": padded_alltoall,
+    "allgather": allgather,
+    "mc2": mc2,
+}

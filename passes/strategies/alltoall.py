@@ -1,10 +1,7 @@
-"""How rows travel between tokens and experts, strategy by strategy.
+"""Strategy "alltoall": each rank sends its rows to the ranks of their experts, in sizes that the
+routing says.
 
-``TRAVEL[plan.strategy](emitter)`` emits everything from tokens to the region's result. Here:
-strategies whose sizes the routing says; those with fixed sizes are in `travel_even.py` and
-`travel_mc2.py`.
-
-Pseudo-code of "alltoall" (in brackets: where there is more than one chunk)::
+Pseudo-code (in brackets: where there is more than one chunk)::
 
     [keys = chunk_keys(ids)]
     counts = expert_counts(ids);  recv = exchange_counts(counts);  sizes = split_sizes(counts, recv)
@@ -35,18 +32,10 @@ from moe_fx.graph.nodes import shape
 from moe_fx.ops.cuts import shares
 from moe_fx.passes.strategies.combine import combine
 from moe_fx.passes.strategies.emitter import Emitter, weighed
-from moe_fx.passes.strategies.even import allgather, padded_alltoall
-from moe_fx.passes.strategies.mc2 import mc2
+from moe_fx.passes.strategies.local import pairs, permuted
 
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
-
-
-def local(emitter: Emitter) -> Node:
-    parts = emitter.parts
-    counts = emitter.call(ops.expert_counts.default, parts.ids, emitter.plan.num_experts)
-    rows, row_map = _permuted(emitter)
-    return combine(emitter, [emitter.experts(rows, counts)], row_map)
 
 
 def alltoall(emitter: Emitter) -> Node:
@@ -69,7 +58,7 @@ def alltoall(emitter: Emitter) -> Node:
     recv_counts = call(ops.exchange_counts.default, counts, plan.group_name, **by_chunk)
     sizes = call(ops.split_sizes.default, counts, recv_counts, **by_chunk)
     if chunks == 1:
-        rows, row_map = _permuted(emitter)
+        rows, row_map = permuted(emitter)
         return _there_and_back(emitter, [emitter.leaving(rows)], sizes, [recv_counts], row_map)
     pieces, row_map = _permuted_pieces(emitter, ops.permute_chunks.default, keys, sizes, chunks)
     per_slice = plan.experts_per_slice
@@ -170,17 +159,6 @@ class _Trip:
         return self.emitter.back(arrived)
 
 
-def _permuted(emitter: Emitter) -> tuple[Node, Node]:
-    parts = emitter.parts
-    permuted = emitter.call(ops.permute.default, parts.tokens, parts.ids)
-    rows, row_map = emitter.item(permuted, 0), emitter.item(permuted, 1)
-    if parts.weighs_tokens:
-        columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in _pairs(emitter)]
-        factor = emitter.item(emitter.call(ops.permute.default, *columns), 0)
-        rows = weighed(emitter, rows, factor)
-    return rows, row_map
-
-
 def _permuted_pieces(
     emitter: Emitter, op: Callable[..., Any], keys: Node, sizes: Node, num_pieces: int
 ) -> tuple[list[Node], Node]:
@@ -189,23 +167,8 @@ def _permuted_pieces(
     pieces, row_map = item(permuted, 0), item(permuted, 1)
     rows = [item(pieces, at) for at in chunks]
     if parts.weighs_tokens:
-        weights, _ = _pairs(emitter)
+        weights, _ = pairs(emitter)
         columns = [emitter.call(aten.reshape.default, n, [-1, 1]) for n in (weights, keys)]
         factors = item(emitter.call(op, *columns, sizes), 0)
         rows = [weighed(emitter, rows[at], item(factors, at)) for at in chunks]
     return [emitter.leaving(each) for each in rows], row_map
-
-
-def _pairs(emitter: Emitter) -> tuple[Node, Node]:
-    assert emitter.parts.weights is not None
-    return emitter.parts.weights, emitter.parts.ids
-
-
-TRAVEL: dict[str, Callable[[Emitter], Node]] = {
-    "local": local,
-    "gather_weights": local,
-    "alltoall": alltoall,
-    "padded_alltoall": padded_alltoall,
-    "allgather": allgather,
-    "mc2": mc2,
-}

@@ -29,7 +29,7 @@ from torch.fx import Graph, Node
 from moe_fx.compat import FakeValues
 from moe_fx.integrations.vllm.layout import Layout
 from moe_fx.integrations.vllm.sites import Site
-from moe_fx.passes.strategies.alltoall import TRAVEL
+from moe_fx.passes.strategies import STRATEGIES
 from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Parts
@@ -76,7 +76,7 @@ class _Opened:
         if self.plan.strategy == REPLICATED:
             routed = _replicated(emitter, self.layout)
         else:
-            routed = TRAVEL[self.plan.strategy](emitter)
+            routed = STRATEGIES[self.plan.strategy](emitter)
         if self.sharing > 1:
             place = own_ops.place_tokens.default
             routed = emitter.call(place, routed, tokens, self.sharing, self.part)
