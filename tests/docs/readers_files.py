@@ -16,7 +16,7 @@ from moe_fx.cli.tiny import tiny_model
 
 MY_MODEL = """\
 import torch
-from moe_fx.tiny import tiny_model
+from moe_fx.cli.tiny import tiny_model
 
 
 def factory():

@@ -121,7 +121,9 @@ def test_it_runs(snippet: Snippet, checkpoint: tuple[Path, list[str]], tmp_path:
         if text in snippet.source:
             pytest.skip(reason)
     for package in ELSEWHERE:
-        needed = re.search(rf"^(import|from) {package}\b", snippet.source, re.MULTILINE)
+        needed = re.search(
+            rf"^(import|from) (moe_fx\.integrations\.)?{package}\b", snippet.source, re.MULTILINE
+        )
         if needed and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     saved, answers = checkpoint

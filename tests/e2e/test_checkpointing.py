@@ -133,7 +133,7 @@ def test_what_is_not_recognised_runs_right_and_says_why(ranks2: RankPool) -> Non
         assert report["regions"] == []
         assert ["weighted sum" in d["reason"] for d in report["declined"]] == [True, True]
         assert all("ranks.py:" in d["source"] for d in report["declined"])
-    with pytest.raises(RankError, match="not every candidate was: the result is not the weighted"):
+    with pytest.raises(RankError, match="MoE layers may be missed: the result is not the weighted"):
         ranks2.run(partial(layers, strict=True), "layer", "unknown")
 
 

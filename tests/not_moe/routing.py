@@ -131,11 +131,12 @@ class TokensOfTopEntries(Module):
         return gates @ (means @ self.mix)
 
 
+_EXPERT_CHOICE = "experts choose their tokens"
 _NEVER = "selected indices never bring tokens to experts"
 
 LOOK_ALIKES = (
-    LookAlike(ExpertChoice, "index_add"),
-    LookAlike(ExpertChoiceOneHot, _NEVER),
+    LookAlike(ExpertChoice, _EXPERT_CHOICE),
+    LookAlike(ExpertChoiceOneHot, _EXPERT_CHOICE),
     LookAlike(MixtureOfDepths, _NEVER, input_shape=BATCHED),
     LookAlike(SoftMoE),
     LookAlike(DenseMixture),

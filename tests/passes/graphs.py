@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from moe_fx import passes
 from moe_fx.capture.capture import capture
+from moe_fx.devices import device_for
 from moe_fx.options import Options
 from moe_fx.passes.evaluate import simulate
 from moe_fx.report import Report
@@ -144,7 +145,10 @@ def rewritten(
     """(rank's graph, or None if nothing was accepted; what the passes said)."""
     report = Report()
     options = Options(**{"verify": verify, "overlap": "off"} | given)
-    context = passes.Context(options=options, report=report, training=training)
+    inputs = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    context = passes.Context(
+        options=options, report=report, training=training, device=device_for(options, inputs)
+    )
     result = passes.run(module, context, passes.for_ranks(world, rank))
     return (None if result is module else result), report
 

@@ -134,7 +134,7 @@ def test_rewrite_returns_the_very_graph_it_was_given_and_leaves_it_alone(name: s
     groups: set[str] = set()
     assert rewrite(case.dynamo, case.inputs, Options(), Report(), groups)[1] is case.dynamo
     report = Report()
-    local, result = rewrite(graph, case.inputs, Options(), report, groups)
+    local, result, _ = rewrite(graph, case.inputs, Options(), report, groups)
     assert result is local.module is graph and not groups
     assert (graph.graph, graph.code, nodes(graph)) == (before, text, order)
     assert [dict(node.meta) for node in graph.graph.nodes] == metas

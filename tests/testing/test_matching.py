@@ -72,7 +72,7 @@ def test_a_miss_shows_every_declined_candidate_with_reason_and_source() -> None:
 
 
 def test_a_model_without_a_selection_says_so() -> None:
-    with pytest.raises(AssertionError, match="no graph selects experts with a top-k"):
+    with pytest.raises(AssertionError, match="No MoE layer found: no graph selects experts"):
         assert_matches(nn.Linear(4, 4), [torch.ones(2, 4)])
 
 

@@ -84,8 +84,8 @@ def exchange_doubled(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) 
 BUGS: dict[Callable[..., Node], str] = {
     weights_detached: "weights",
     tokens_detached: "tokens",
-    tables_detached: "arg",  # the name of a parameter's node
-    exchange_doubled: "arg",
+    tables_detached: "experts_",  # of the module that holds the parameter
+    exchange_doubled: "experts_",
 }
 
 

@@ -412,7 +412,7 @@ class WeightsBetweenTheMatmuls(Grouped):
 
 
 class TwoTokenTensors(Grouped):
-    """expected one dispatched token tensor, found arg"""
+    """expected one dispatched token tensor, found square, x"""
 
     def dispatch(self, x: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
         at = self.token_of_row(perm)
