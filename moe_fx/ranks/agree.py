@@ -93,7 +93,9 @@ def compare(group: dist.ProcessGroup, text: str, timeout: float, kind: str = "pl
     store = group_store(group)
     place = _published[group.group_name, kind].index(text)
     keys = {rank: _key(group, rank, place, kind) for rank in range(group.size())}
-    doing = f"has compiled MoE graph {place + 1}" if kind == "plans" else "dispatches tokens"
+    doing = "dispatches tokens"
+    if kind == "plans":
+        doing = f"has compiled MoE graph {place + 1} ({_summary(text)})"
     wait_for(group, keys, timeout, doing)
     differing = {
         rank: theirs for rank, key in keys.items() if (theirs := store.get(key).decode()) != text
@@ -143,6 +145,17 @@ def _are_set(group: dist.ProcessGroup, keys: Mapping[int, str], seconds: float) 
     except RuntimeError:  # what a time-out is called differs from store to store
         return store.check(names)
     return True
+
+
+def _summary(text: str) -> str:
+    """Of plans, in few words: ``training; alltoall in 2 chunks, of 3``."""
+    described = json.loads(text)
+    layers = []
+    for plan in described["regions"]:
+        pieces = plan["expert_slices"] * plan["token_slices"] * plan["row_slices"]
+        layers.append(plan["strategy"] + (f" in {pieces} chunks" if pieces > 1 else ""))
+    mode = "training" if described["training"] else "inference"
+    return f"{mode}; {', '.join(dict.fromkeys(layers)) or 'no MoE layer'}, of {len(layers)}"
 
 
 def _difference(text: str, other: str) -> str:
