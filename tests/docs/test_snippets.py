@@ -51,8 +51,8 @@ COMMANDS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
 }
-SLOW = {"test_my_moe.py"}
-"""Files that take longer than the others together."""
+SLOW = {"generate.py", "test_my_moe.py"}
+"""Files that take longer than the others together. `.ci/run` runs them too."""
 NOT_RUN = {
     "pip install": "it changes the environment that the tests run in; .ci/run installs",
     "vllm serve": "it is a server, which does not end by itself",
@@ -121,9 +121,8 @@ def test_it_runs(snippet: Snippet, checkpoint: tuple[Path, list[str]], tmp_path:
         if text in snippet.source:
             pytest.skip(reason)
     for package in ELSEWHERE:
-        needed = re.search(
-            rf"^(import|from) (moe_fx\.integrations\.)?{package}\b", snippet.source, re.MULTILINE
-        )
+        ours = r"(moe_fx\.integrations\.)?"
+        needed = re.search(rf"^(import|from) {ours}{package}", snippet.source, re.MULTILINE)
         if needed and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     saved, answers = checkpoint
