@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
@@ -16,8 +15,6 @@ from moe_fx.testing import RankPool
 
 pytest_plugins = ["moe_fx_pytest"]  # already there if this checkout is installed
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("moe_fx", deadline=None)  # no test asserts a time
-hypothesis.settings.load_profile("moe_fx")
 
 
 def _digest_of_sources() -> str:

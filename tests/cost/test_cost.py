@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -284,6 +284,7 @@ def _at_most(a: float, b: float) -> bool:
     return a <= b * (1 + 1e-9) + 1e-9
 
 
+@settings(deadline=None)
 @given(layers, links, toys, choices)
 def test_between_the_longer_of_both_and_their_sum(
     layer: Layer, link: Link, toy: Toy, choice: Choice
@@ -295,6 +296,7 @@ def test_between_the_longer_of_both_and_their_sum(
     assert p.seconds == pytest.approx(p.compute + p.exposed)
 
 
+@settings(deadline=None)
 @given(layers, links, toys, choices, st.floats(1, 4))
 def test_more_bytes_never_take_less_time(
     layer: Layer, link: Link, toy: Toy, choice: Choice, factor: float
