@@ -12,7 +12,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-__all__ = ["common_module", "module_of", "name_inputs", "name_of", "parameter_names"]
+from moe_fx.region import source_of
+
+__all__ = ["common_module", "layer_name", "module_of", "name_inputs", "name_of", "parameter_names"]
 
 _HELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
 _KEY = re.compile(r"\[(?:'([^']*)'|(\d+))\]")
@@ -62,6 +64,13 @@ def common_module(nodes: Iterable[Node]) -> str:
     for path in paths[1:]:
         common = [one for one, other in zip(common, path, strict=False) if one == other]
     return common[-1] if common else ""
+
+
+def layer_name(router: Node, result: Node) -> str:
+    """``model.layers.3.mlp (modeling_x.py:12)`` of the module that holds both nodes; the line alone
+    if the graph does not tell modules apart."""
+    source, path = source_of(router), common_module([router, result])
+    return f"{path} ({source})" if path and source else path or source
 
 
 def parameter_names(tables: Iterable[Node]) -> tuple[str, ...]:

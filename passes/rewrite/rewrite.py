@@ -28,7 +28,7 @@ from moe_fx.passes.strategies import STRATEGIES
 from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Region
-from moe_fx.report.layer_name import layer_name
+from moe_fx.report.naming import layer_name
 
 aten = torch.ops.aten
 
