@@ -122,7 +122,7 @@ def test_it_runs(snippet: Snippet, checkpoint: tuple[Path, list[str]], tmp_path:
             pytest.skip(reason)
     for package in ELSEWHERE:
         ours = r"(moe_fx\.integrations\.)?"
-        needed = re.search(rf"^(import|from) {ours}{package}", snippet.source, re.MULTILINE)
+        needed = re.search(rf"^(import|from) {ours}{package}\b", snippet.source, re.MULTILINE)
         if needed and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     saved, answers = checkpoint

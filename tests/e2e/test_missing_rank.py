@@ -238,7 +238,7 @@ def test_a_rank_in_an_exchange_and_one_that_has_compiled_another_graph_are_told(
     ranks2: RankPool,
 ) -> None:
     exchanging, agreeing = ranks2.run(diverge)
-    graph = "an agreement, as it has compiled MoE graph 2 ("
+    graph = "an agreement, as it has compiled MoE graph 2 (inference; alltoall, of 2)"
     assert f"rank 0 waits in exchange 2 (counts of {LAYER}), and rank 1" in exchanging
     assert f"in {graph}" in exchanging
     assert f"rank 1 waits in {graph}, and rank 0" in agreeing
