@@ -19,6 +19,7 @@ from moe_fx.compat import inductor_mode
 from moe_fx.errors import ConfigurationError
 from moe_fx.plan import PADDED
 from moe_fx.ranks.groups import as_group
+from moe_fx.ranks.waiting import TIMEOUT
 from moe_fx.suggest import did_you_mean
 from moe_fx.wrong_options import describe
 
@@ -103,7 +104,7 @@ class Options(BaseModel):
     overlap_memory: float = Field(default=1.25, ge=1)
     agree_timeout: float = Field(default=300.0, gt=0)
     progress: bool = True
-    exchange_timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    exchange_timeout: float = Field(default=TIMEOUT, gt=0)
     on_report: Callable[[Any], None] | None = Field(default=None, repr=False)
 
     @field_validator("base")

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from moe_fx.bases.inductor import compile_by_base
 from moe_fx.device import Device
 from moe_fx.options import Options
+from moe_fx.passes.overlap.overlap import overlap
 from moe_fx.report import Report
 
 
@@ -25,7 +26,8 @@ class Plain(Device):
         """``module`` compiled by ``options.base``."""
         return compile_by_base(module, inputs, options, report, training)
 
-    def lower(self, module: GraphModule, options: Options, report: Report) -> None:
-        """Put ops of the device in the place of dialect ops, in a graph that ``options.base`` is
-        compiling. Only called where `lowers`."""
-        raise NotImplementedError(f"{type(self).__name__} has no lowering")
+    def finish(self, module: GraphModule, options: Options, report: Report) -> None:
+        """What is left to do to a rewritten graph, in place, in the hook of a compiler that runs it
+        next: order its exchanges, and put ops of the device in the place of dialect ops."""
+        if options.overlap != "off":
+            overlap(module.graph, options.overlap_memory, pinned=True)

@@ -55,7 +55,7 @@ class Step:
         self.config, self.num_experts = dispatcher.config, dispatcher.num_experts
         self.group_name, self.world = dispatcher.ep_group_name, dispatcher.ep_size
         self.rank, self.agree_timeout = dispatcher.ep_rank, dispatcher.agree_timeout
-        self.exchange_timeout = dispatcher.exchange_timeout
+        self.waiting = {"exchange_timeout": dispatcher.exchange_timeout}
         self.tp_group = dispatcher.tp_ep_group
         self._refuse_unfit(hidden, probs, ids)
         self.hidden_shape, self.dtype = hidden.shape, hidden.dtype
@@ -100,9 +100,8 @@ class Step:
         self.received = self.gathered.narrow(1, first, local)
 
     def _gather(self, counts: Tensor, status: Tensor) -> Tensor:
-        timeout = self.exchange_timeout
         return _ops.gather_counts(
-            counts, status, self.group_name, self.agree_timeout, exchange_timeout=timeout
+            counts, status, self.group_name, self.agree_timeout, **self.waiting
         )
 
     def _check_alone(self, status: Tensor) -> None:
@@ -222,14 +221,12 @@ class Step:
         return out.view(*self.hidden_shape[:-1], out.shape[1]).to(self.dtype)
 
     def _start(self, send: Tensor, receive: Tensor) -> Tensor:
-        timeout = self.exchange_timeout
-        return _ops.all_to_all(self.sent, send, receive, self.group_name, exchange_timeout=timeout)
+        return _ops.all_to_all(self.sent, send, receive, self.group_name, **self.waiting)
 
     def _wait(self, send: Tensor, receive: Tensor, num_rows: int | None) -> Tensor:
         handle, self.handle = self.handle, None
-        timeout = self.exchange_timeout
         return _ops.wait(
-            handle, self.sent, send, receive, self.group_name, num_rows, exchange_timeout=timeout
+            handle, self.sent, send, receive, self.group_name, num_rows, **self.waiting
         )
 
     # -- bad input --------------------------------------------------------------------------------
@@ -255,13 +252,8 @@ class Step:
         else:
             facts = [FINE, 0, hidden.shape[-1], DTYPES.index(hidden.dtype), self.num_experts]
             status = torch.tensor(facts, device=hidden.device)
-        timeout = self.exchange_timeout
         told = _ops.gather_counts(
-            tokens,
-            status,
-            self.tp_group.group_name,
-            self.agree_timeout,
-            exchange_timeout=timeout,
+            tokens, status, self.tp_group.group_name, self.agree_timeout, **self.waiting
         ).tolist()
         try:
             require_fine([each[1:] for each in told], self.num_experts, self.tp_group.rank())

@@ -25,11 +25,11 @@ from moe_fx.entry.ambient import neutral
 from moe_fx.entry.backend import check_devices
 from moe_fx.entry.costly import warn_of_declined
 from moe_fx.entry.net import groups_in, log_report, net
-from moe_fx.errors import ConfigurationError, NothingMatched
+from moe_fx.entry.strict import refuse_missed
+from moe_fx.errors import ConfigurationError
 from moe_fx.graph.copy import copy_graph
 from moe_fx.graph.splice import splice
 from moe_fx.options import Options, parse_options
-from moe_fx.passes.overlap.overlap import overlap
 from moe_fx.ranks.agree import describe, ensure
 from moe_fx.report import Report
 from moe_fx.sources import SOURCES
@@ -68,9 +68,8 @@ class MoEPass(CustomGraphPass):
             self.options.on_report(report)
         log_report(report)
         warn_of_declined(module, values, report, self.options)
-        if self.options.strict and report.missed:
-            found = "; ".join(f"{d.reason} (at {d.source})" for d in report.missed)
-            raise NothingMatched(f"strict=True: not every MoE candidate was rewritten: {found}")
+        if self.options.strict:
+            refuse_missed(report)
         if report.bugs:
             self._agree_to_decline(module)
         elif report.regions and isinstance(graph, GraphModule):
@@ -110,9 +109,7 @@ class MoEPass(CustomGraphPass):
         splice(module.graph, result, origin)
         if device.lowers:
             self._check_capture(report, config)
-            device.lower(module, self.options, report)
-        elif self.options.overlap != "off":
-            overlap(module.graph, self.options.overlap_memory, pinned=True)
+        device.finish(module, self.options, report)
 
     def _agree_to_decline(self, module: GraphModule) -> None:
         """The other ranks must have left the graph as it came too: it exchanges otherwise."""

@@ -2,9 +2,8 @@
 
 Contract. ``with net(report, ...)`` around what moe_fx does to one graph. An exception that is
 nobody's intention ends in the report as a `Declined` with its traceback in ``bug``; the caller goes
-on with the graph as it came. What passes
-through: errors on purpose (`moe_fx.errors`), Dynamo's own signals (it wants the frame again, or not
-at all), `KeyboardInterrupt` and the like.
+on with the graph as it came. These pass through: errors on purpose (`moe_fx.errors`), Dynamo's own
+signals (it wants the frame again, or not at all), `KeyboardInterrupt` and the like.
 
 With the environment variable ``MOE_FX_NET=0`` nothing is caught, so that tests see bugs.
 """

@@ -26,14 +26,13 @@ def block(experts: int, group: dist.ProcessGroup) -> slice:
 def as_shard(
     rows: Tensor, group: dist.ProcessGroup, *, requires_grad: bool, device: str | None = None
 ) -> nn.Parameter:
-    """``rows`` of this rank as a parameter of the shape ``[W * rows, ...]``. device: the type of
-    that which the group exchanges, if ``rows`` are on meta. No communication."""
+    """``rows`` of this rank as a parameter of the shape ``[W * rows, ...]``. device: of rows on
+    meta, the type of device that they are for. No communication."""
     kind = device or (_device_of(group) if rows.is_meta else rows.device.type)
     mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("ep",))
     shape = torch.Size((rows.shape[0] * group.size(), *rows.shape[1:]))
-    stride = (rows.stride(0), *rows.stride()[1:])
     table = DTensor.from_local(
-        rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=rows.stride()
     )
     return nn.Parameter(table, requires_grad=requires_grad)
 

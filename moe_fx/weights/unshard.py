@@ -1,10 +1,9 @@
 """The gather that stands in for a whole expert parameter: once a forward, whatever reads it.
 
 A sharded parameter is a `DTensor` (`moe_fx.weights.shards`) under the name it always had. Reading
-the
-attribute gives the whole tensor: entering the module that holds it gathers each of its shards,
-leaving drops them, and what the module returned depends on the gathers, so that every rank also
-meets all of them in backward.
+the attribute gives the whole tensor. Entering the module that holds it gathers each of its shards,
+leaving drops them. What the module returned depends on the gathers, so that every rank also meets
+all of them in backward.
 """
 
 from __future__ import annotations

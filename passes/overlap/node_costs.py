@@ -2,9 +2,8 @@
 
 Matrix products cost what was measured for their shapes (`moe_fx.cost.rates`), other ops the bytes
 they read and write, views nothing, exchanges what the group's link says (`moe_fx.cost.link`). Sizes
-that are symbols count as at capture; the rows of a piece of an exchange, which only the run will
-tell, as
-the mean: all pairs over the pieces sent, and as many received as sent.
+that are symbols count as at capture. The rows of a piece of an exchange, which only the run will
+tell, count as the mean: all pairs over the pieces sent, and as many received as sent.
 """
 
 from __future__ import annotations

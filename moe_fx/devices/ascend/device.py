@@ -45,8 +45,11 @@ class Ascend(Plain):
             return compile_lowered(module, inputs, options, report)
         return super().compile(module, inputs, options, report, training)
 
-    def lower(self, module: GraphModule, options: Options, report: Report) -> None:
-        device_pass(options, report)(module)
+    def finish(self, module: GraphModule, options: Options, report: Report) -> None:
+        if self.lowers:
+            device_pass(options, report)(module)
+        else:
+            super().finish(module, options, report)
 
 
 def _on_npu(inputs: Sequence[Any]) -> bool:

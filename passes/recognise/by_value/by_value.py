@@ -31,21 +31,17 @@ from functools import cached_property
 from itertools import islice
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.compat import FakeValues
-from moe_fx.graph.flow import closure
 from moe_fx.graph.nodes import (
     ELEMENTWISE_COPIES,
     is_pointwise,
-    is_random,
     same,
     shape,
     tensor_inputs,
-    value,
 )
-from moe_fx.graph.refusal import ByChance, NoExperts, Refusal
+from moe_fx.graph.refusal import NoExperts, Refusal
 from moe_fx.passes.evaluate.typical import kind_of
 from moe_fx.passes.recognise.anchors import Anchor
 from moe_fx.passes.recognise.by_value.copies import Copies, Pairing
@@ -63,6 +59,7 @@ from moe_fx.passes.recognise.by_value.surroundings import (
     post_dominators,
 )
 from moe_fx.passes.recognise.by_value.trials import Trials
+from moe_fx.passes.recognise.by_value.unseen import check_chance, check_rounding
 from moe_fx.passes.recognise.by_value.weighing import Proof
 from moe_fx.passes.recognise.selection import select
 from moe_fx.passes.roles import Selection
@@ -175,7 +172,7 @@ class _Reader:
         for at, result in enumerate(results):
             with attempts:
                 if at == 0:
-                    self._check_chance(tokens, starts, pairing, result)
+                    check_chance(self._between(tokens, result), starts, pairing.inside)
             with attempts:
                 reading = self._reading(tokens, starts, pairing, result)
                 if reading.weighing.node is not None:
@@ -243,7 +240,7 @@ class _Reader:
             raise Refusal("the rows meet no expert's matrix", cut, 3)
         trials = Trials(self.selection, self.around, tokens, result, body, self.ids.nodes)
         base = _base(trials, self.around, [*tokens, *starts], result)
-        self._check_rounding(trials, layout, cut)
+        check_rounding(self.around, trials, layout, cut)
         proof = self._proof(trials, body, base, layout)
         weighing = proof.weighing
         return Reading(
@@ -266,32 +263,6 @@ class _Reader:
             return "logits" if node in self.around.logits else kind_of(node)
 
         return tuple(Effect(n.name, what(n), by) for n, by in proof.changes.items())
-
-    def _check_rounding(self, trials: Trials, layout: RowLayout, cut: Node) -> None:
-        """Weighted rows keep the experts' dtype, or get the result's: a proof of equations does not
-        see what is rounded on the way, nor what is beyond the largest number."""
-        inside = [value(n) for n in layout.laid if not cut < n]
-        kept = {val.dtype for val in inside if isinstance(val, Tensor)}
-        least = min(value(cut).dtype.itemsize, value(trials.result).dtype.itemsize)
-        for node in trials.nodes:
-            val = value(node)
-            if not cut < node or not isinstance(val, Tensor) or not val.is_floating_point():
-                continue
-            rounds = val.dtype not in kept and val.dtype.itemsize < least
-            if rounds and self.around.what(node) == "mixed":
-                reason = f"weighted rows are rounded to {val.dtype} on their way"
-                raise Refusal(reason, node, 6)
-
-    def _check_chance(
-        self, tokens: list[Node], starts: list[Node], pairing: Pairing, result: Node
-    ) -> None:
-        """Nothing random is in the experts, nor on the way to where their rows first meet."""
-        between = set(self._between(tokens, result))
-        rows = closure(starts, lambda node: between.intersection(node.users))
-        rows |= closure(starts, lambda node: between.intersection(node.all_input_nodes))
-        chance = next(filter(is_random, sorted(rows | pairing.inside)), None)
-        if chance is not None:
-            raise ByChance(chance)
 
     def _proof(self, trials: Trials, body: Body, base: Node | None, layout: RowLayout) -> Proof:
         try:
