@@ -150,7 +150,8 @@ def peak(rank: int, root: Path, name: str) -> float:
         config = config.set_num_moe_experts(EXPERTS).build()
         dispatcher = library.MoEAlltoAllSeqOverLapDispatcher(config)
         step(dispatcher)
-        return peak_bytes(lambda: step(dispatcher))
+        # Gloo's thread lets go of what it has sent soon after the wait: by then or not by chance.
+        return min(peak_bytes(lambda: step(dispatcher)) for _ in range(5))
 
 
 def test_no_more_memory_than_the_original(ranks2: RankPool, wheel: Path) -> None:
