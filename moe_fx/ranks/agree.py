@@ -131,6 +131,7 @@ def wait_for(group: dist.ProcessGroup, keys: Mapping[int, str], timeout: float, 
         if time.monotonic() >= deadline:
             store = group_store(group)
             missing = [rank for rank, key in keys.items() if not store.check([key])]
+            say(group, None)  # whoever catches the error may go on with the group
             raise RanksDiffer(
                 f"Rank {group.rank()} {doing} and waited {timeout:g} s for rank(s) {missing} of "
                 "the expert-parallel group to do the same. Every rank must compile and run the "

@@ -225,7 +225,6 @@ def test_the_backward_is_a_pipeline_too(ranks2: RankPool) -> None:
 
 def planned(rank: int, link: Link) -> ExchangePlan:
     torch._dynamo.reset()
-    decide._decided.clear()
     reports: list[moe_fx.Report] = []
     group = dist.new_group()
     options = {"ep_group": group, "base": "eager", "on_report": reports.append}

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 import moe_fx
-from moe_fx.cost import decide
 from moe_fx.cost.link import Link
 from moe_fx.ops.exchange import bytes_sent, pending_exchanges
 from moe_fx.passes.plan import planner
@@ -129,7 +128,6 @@ def test_other_numbers_of_tokens_are_an_error_on_every_rank(
 
 def chosen(rank: int, link: Link, even: bool) -> ExchangePlan:
     torch._dynamo.reset()
-    decide._decided.clear()
     reports: list[moe_fx.Report] = []
     group = dist.new_group()
     module = block("qwen3_moe", num_experts_per_tok=4)
@@ -164,7 +162,6 @@ def test_weights_stay_unless_asked_for(ranks2: RankPool) -> None:
 
 def small_experts(rank: int, strategy: str) -> ExchangePlan:
     torch._dynamo.reset()
-    decide._decided.clear()
     reports: list[moe_fx.Report] = []
     group = dist.new_group()
     module = block("qwen3_moe", moe_intermediate_size=8)

@@ -15,6 +15,7 @@ from moe_fx.errors import RanksDiffer
 from moe_fx.plan import ExchangePlan
 from moe_fx.ranks import agree
 from moe_fx.ranks.agree import agree_once, describe
+from moe_fx.ranks.presence import Stand, others
 from moe_fx.testing import RankPool
 
 LONG, SHORT = 60.0, 0.3
@@ -186,6 +187,23 @@ def test_a_rank_that_never_compiles_is_an_error_after_the_timeout_that_names_it(
     for message in outcomes:
         assert message.startswith("RanksDiffer")
         assert "waited 0.3 s for rank(s) [2] of the expert-parallel group" in message
+
+
+def given_up_on(rank: int) -> dict[int, Stand]:
+    """Who is said to wait in the group once one rank has waited in vain."""
+    name = new_group()
+    group = resolve_group(name)
+    said = mock.Mock(wraps=agree.say)
+    with mock.patch.object(agree, "say", said):
+        assert rank == 1 or "RanksDiffer" in outcome(plans_for(name), name, timeout=SHORT)
+    assert rank == 1 or said.call_args_list[0].args[1] is not None, "it did not say that it waits"
+    dist.barrier()
+    return others(group)
+
+
+def test_a_rank_that_gave_up_is_not_said_to_wait(ranks2: RankPool) -> None:
+    """Who goes on with the group, and waits for a slow rank, is not told of an old wait."""
+    assert ranks2.run(given_up_on) == [{}, {}]
 
 
 # -- again -----------------------------------------------------------------------------------------
