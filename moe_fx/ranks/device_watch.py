@@ -6,6 +6,10 @@ stands. An exchange that does not end in time is logged, the group is aborted, w
 go on, and the thread that runs the model gets the error as soon as it is back from the device:
 before it can use any value, since those that hung are not results.
 
+Events are used again and never destroyed: while a thread of the process waits in a copy to memory
+that is not pinned (``tensor.cpu()``), CUDA lets no other destroy one, and the thread that looks would
+hang with the exchange. Seen on an H200, torch 2.11.
+
 Nothing is recorded while a CUDA graph is captured, and none of its replays is watched.
 """
 
@@ -35,7 +39,7 @@ log = logging.getLogger("moe_fx")
 Failure = Callable[[dist.ProcessGroup, Stand, float, float, Exception | None], MoeFxError]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Watched:
     event: Any
     group: dist.ProcessGroup
@@ -48,7 +52,12 @@ class _Watched:
 
 
 _watched: deque[_Watched] = deque()
-_some = threading.Event()
+_spare: dict[torch.device, list[Any]] = {}
+"""Events of exchanges that are over."""
+_ended: list[_Watched] = []
+"""Of groups that were aborted: their events are never destroyed either."""
+_changed = threading.Condition()
+"""Held while these are looked at or changed."""
 _thread: threading.Thread | None = None
 _model_thread = threading.main_thread().ident
 
@@ -63,31 +72,36 @@ def watch(
     global _model_thread
     if not in_backward():
         _model_thread = threading.get_ident()
-    event = torch.cuda.Event()
+    event = spare_event(device) or torch.cuda.Event()
     event.record()
     add(_Watched(event, group, device, stand, timeout, failure, time.monotonic()))
+
+
+def spare_event(device: torch.device) -> Any:
+    """One of an exchange that is over; None if there is none."""
+    with _changed:
+        spare = _spare.get(device)
+        return spare.pop() if spare else None
 
 
 def add(watched: _Watched) -> None:
     """``watched.event`` has a ``query()`` that says whether the exchange is over."""
     global _thread
-    while _watched and not _watched[0].said and _watched[0].event.query():
-        _watched.popleft()
-    _watched.append(watched)
-    if _thread is None:
-        _thread = threading.Thread(target=_look_on, name="moe_fx device watch", daemon=True)
-        _thread.start()
-    _some.set()
+    with _changed:
+        while _watched and not _watched[0].said and _watched[0].event.query():
+            _drop(_watched[0])
+        _watched.append(watched)
+        if _thread is None:
+            _thread = threading.Thread(target=_look_on, name="moe_fx device watch", daemon=True)
+            _thread.start()
+        _changed.notify()
 
 
 def _look_on() -> None:
     while True:
-        _some.wait()
-        try:
+        with _changed:
+            _changed.wait_for(lambda: _watched)
             first = _watched[0]
-        except IndexError:
-            _some.clear()
-            continue
         waited = time.monotonic() - first.began
         pause = patience(first.timeout)
         if waited >= pause and _is_over(first, waited):
@@ -97,32 +111,35 @@ def _look_on() -> None:
 
 def _is_over(watched: _Watched, waited: float) -> bool:
     """One look at an exchange that takes long; takes it from the list if it has come to an end."""
-    if watched.event.query():
-        if watched.said:
+    with _changed:
+        if watched not in _watched:
+            return True
+        over, said, watched.said = watched.event.query(), watched.said, True
+        if over:
+            _drop(watched)
+    if over:
+        if said:
             presence.say(watched.group, None)
-        _drop(watched)
         return True
-    error = _error(watched, waited)
+    error = _error(watched, waited, said)
     if error is None:
         return False
-    _drop(watched)
     _end(watched, error)
     return True
 
 
 def _drop(watched: _Watched) -> None:
-    if watched in _watched:
-        _watched.remove(watched)
+    _watched.remove(watched)
+    _spare.setdefault(watched.device, []).append(watched.event)
 
 
-def _error(watched: _Watched, waited: float) -> MoeFxError | None:
+def _error(watched: _Watched, waited: float, said: bool) -> MoeFxError | None:
     group, stand = watched.group, watched.stand
     if waited > watched.timeout:
         return watched.failure(group, stand, waited, watched.timeout, None)
     try:
-        if not watched.said:
+        if not said:
             presence.say(group, stand)
-            watched.said = True
         how = presence.crossed(group, stand)
     except RuntimeError as refusal:  # the store has gone with the rank that served it
         return watched.failure(group, stand, waited, watched.timeout, refusal)
@@ -132,7 +149,9 @@ def _error(watched: _Watched, waited: float) -> MoeFxError | None:
 def _end(watched: _Watched, error: MoeFxError) -> None:
     log.error("%s", error)
     raise_in(_model_thread, error)
-    _watched.clear()
+    with _changed:
+        _ended.extend(_watched)
+        _watched.clear()
     abort_group(watched.group, watched.device)
 
 

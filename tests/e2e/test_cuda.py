@@ -1,4 +1,4 @@
-"""On two NVIDIA GPUs, over NCCL: values, gradients, and what can be captured in a CUDA graph.
+"""On NVIDIA GPUs, over NCCL: values, gradients, and what can be captured in a CUDA graph.
 
 Skipped elsewhere. ``pytest -m slow tests/e2e/test_cuda.py``
 """
@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_fx.testing import RankPool
+from tests.cuda_ranks import needs_cuda, take_gpu
 from tests.passes.graphs import block, relative_error, tokens
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(500),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    needs_cuda,
 ]
 STRATEGIES = ["alltoall", "padded_alltoall", "allgather"]
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -49,7 +50,7 @@ def errors(
     rank: int, family: str, dtype: torch.dtype, strategy: str, chunks: int, training: bool
 ) -> list[float]:
     """Relative errors of the output and, in training, of the tokens' and parameters' gradients."""
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     module = layer(family, dtype).requires_grad_(training)
     run = compiled(module, strategy=strategy, overlap=chunks)
     found: list[list[Tensor]] = []
@@ -88,7 +89,7 @@ def test_gradients_are_those_of_eager(gpus: RankPool, strategy: str) -> None:
 
 def captured_error(rank: int, strategy: str) -> float | str:
     """Of a replay of the captured program on other tokens; or why there is none."""
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     module = layer("qwen3_moe", torch.bfloat16)
     run = compiled(module, strategy=strategy, overlap=2)
     values = tokens(1, 64, 128, dtype=torch.bfloat16, seed=rank).cuda()

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import moe_fx
 from moe_fx.testing import RankPool
+from tests.cuda_ranks import needs_cuda, take_gpu
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(500),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    needs_cuda,
 ]
 EXPERTS, TOP_K, HIDDEN, WIDTH = 8, 2, 128, 64
 
@@ -65,7 +66,7 @@ class Layer(torch.nn.Module):
 
 
 def make(rank: int, **fields: Any) -> Layer:
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     config = moe_fx.MoEDispatcherConfig(num_local_experts=4, moe_router_topk=TOP_K, **fields)
     return Layer(rank, moe_fx.MoEAlltoAllSeqOverLapDispatcher(config))
 
@@ -134,7 +135,7 @@ def test_capacity(gpus: RankPool, pad: bool) -> None:
 
 def counted(rank: int) -> list[int]:
     """Counts and status, any wait of the host for the device being an error."""
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     ids = torch.randint(EXPERTS, (64, TOP_K), device="cuda")
     torch.ops.moe_fx.dispatch_counts(ids, EXPERTS, HIDDEN, 0)  # loads what the first call loads
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""On two NVIDIA GPUs, over NCCL: a rank that takes part no more is named by the other, in time.
+"""On NVIDIA GPUs, over NCCL: a rank that takes part no more is named by the other, in time.
 
 Each rank is a process of its own, since NCCL may end one whose peer is gone. Skipped without GPUs.
 ``python -m tests.e2e.test_cuda_missing_rank`` prints what the rank that is left says in each
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import moe_fx  # noqa: F401  (registers the backend)
 from moe_fx.errors import MoeFxError
+from tests.cuda_ranks import needs_cuda, take_gpu
 from tests.e2e.test_missing_rank import Model
 
 WAIT = 5.0
@@ -40,9 +41,7 @@ SITUATIONS: list[Situation] = [
 def rank_main(rank: int, port: int, cpu: bool, base: str, situation: Situation) -> None:
     """Two steps; rank 1 takes no part in the second, or in its backward."""
     strategy, overlap, backward, how = situation
-    device = torch.device("cpu") if cpu else torch.device("cuda", rank)
-    if not cpu:
-        torch.cuda.set_device(device)
+    device = torch.device("cpu") if cpu else take_gpu(rank)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
     backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=2)
@@ -119,13 +118,17 @@ def run(situation: Situation, cpu: bool, base: str) -> str:
             rank.wait()
 
 
+def named(said: str) -> bool:
+    return all(part in said for part in ("of block (", "for rank(s) [1]", "synced_gpus=True"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_cuda
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
 def test_the_other_rank_names_it(situation: Situation) -> None:
     said = run(situation, cpu=False, base="aot_eager")
-    assert "of block (" in said and "for rank(s) [1]" in said and "synced_gpus=True" in said
+    assert named(said)
 
 
 def main() -> None:
@@ -146,9 +149,8 @@ def main() -> None:
     chosen = SITUATIONS if given.only is None else [SITUATIONS[given.only]]
     for situation in chosen:
         said = run(situation, given.cpu, given.base)
-        named = "of block (" in said and "for rank(s) [1]" in said
-        good += named
-        print(f"== {situation}: {'named' if named else 'NOT NAMED'}\n{said[-3000:]}\n", flush=True)
+        good += named(said)
+        print(f"== {situation}: {'named' if named(said) else 'NOT NAMED'}\n{said}\n", flush=True)
     print(f"{good} of {len(chosen)} named the rank and the layer")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -23,6 +24,8 @@ LAYER = "model.layers.1.mlp (model.py:7)"
 class Event:
     """Of an exchange that is over once it was aborted, or when it says so."""
 
+    destroyed_in: ClassVar[list[str]] = []
+
     def __init__(self, over: bool = False) -> None:
         self.over = threading.Event()
         if over:
@@ -31,10 +34,17 @@ class Event:
     def query(self) -> bool:
         return self.over.is_set()
 
+    def __del__(self) -> None:
+        self.destroyed_in.append(threading.current_thread().name)
 
-def watched(group: dist.ProcessGroup, event: Event, timeout: float = WAIT) -> _Watched:
+
+DEVICE = torch.device("cuda", 0)
+
+
+def watched(
+    group: dist.ProcessGroup, event: Event, timeout: float = WAIT, device: torch.device = DEVICE
+) -> _Watched:
     stand = presence.next_exchange(group, f"rows of {LAYER}")
-    device = torch.device("cuda")
     return _Watched(event, group, device, stand, timeout, failure, time.monotonic())
 
 
@@ -75,6 +85,35 @@ def fine(rank: int) -> int:
 
 def test_exchanges_that_end_are_let_go(ranks2: RankPool) -> None:
     assert ranks2.run(fine) == [1, 1]
+
+
+def steps(rank: int) -> tuple[list[str], int]:
+    """Threads that destroyed an event, and how many events three steps took: of each, one exchange
+    is over when the next begins, and one only when the other thread has looked."""
+    group, device = dist.new_group(), torch.device("cuda", 1)
+    made: list[Event] = []
+    for _ in range(3):
+        for over in (True, False):
+            event = device_watch.spare_event(device)
+            if event is None:
+                event = Event()
+                made.append(event)
+            event.over.set() if over else event.over.clear()
+            device_watch.add(watched(group, event, device=device))
+        event.over.set()
+        while device_watch._watched:
+            time.sleep(0.01)
+    count = len(made)
+    del event
+    made.clear()
+    return Event.destroyed_in, count
+
+
+def test_the_thread_that_looks_destroys_no_event(ranks2: RankPool) -> None:
+    """CUDA would let it wait until the exchange is over that it is to end."""
+    for destroyed_in, count in ranks2.run(steps):
+        assert destroyed_in == []
+        assert count == 2
 
 
 def test_an_error_arrives_in_another_thread_with_its_text() -> None:

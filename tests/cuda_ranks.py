@@ -1,0 +1,25 @@
+"""Ranks on NVIDIA GPUs over NCCL: one GPU each, or, on a machine with one, all on that one.
+
+NCCL refuses two ranks of one host on one device. Ranks that share one say by ``NCCL_HOSTID`` that
+they are on hosts of their own, and exchange over the loopback interface: what they compute and
+exchange, and how a wait ends, is as on two GPUs; how fast, is not.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def take_gpu(rank: int, world_size: int = 2) -> torch.device:
+    """The current device from now on. Before this process's first exchange."""
+    count = torch.cuda.device_count()
+    if count < world_size:
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    device = torch.device("cuda", rank % count)
+    torch.cuda.set_device(device)
+    return device
