@@ -7,8 +7,8 @@ go on, and the thread that runs the model gets the error as soon as it is back f
 before it can use any value, since those that hung are not results.
 
 Events are used again and never destroyed: while a thread of the process waits in a copy to memory
-that is not pinned (``tensor.cpu()``), CUDA lets no other destroy one, and the thread that looks would
-hang with the exchange. Seen on an H200, torch 2.11.
+that is not pinned (``tensor.cpu()``), CUDA lets no other destroy one, and the thread that looks
+would hang with the exchange. Seen on an H200, torch 2.11.
 
 Nothing is recorded while a CUDA graph is captured, and none of its replays is watched.
 """
