@@ -90,9 +90,9 @@ def drawn(
     generator = torch.Generator().manual_seed(seed)
     if val.dim() == 0 and val.is_floating_point():
         return torch.tensor(_scalar(node, again), dtype=val.dtype)
-    if real is not None and val.dim() == 0:
-        return real.clone() if not again else _another(real, again)
     uses = uses_of(node)
+    if real is not None and val.dim() == 0:
+        return _another(real, again, uses) if again else real.clone()
     if real is not None and len(real.unique()) > 1 and (again % 3 != 1 or real.is_floating_point()):
         return _reordered(real, sizes, generator)
     if val.dtype == torch.bool:
@@ -143,13 +143,14 @@ def _scalar(node: Node, again: int) -> float:
     return number * (0.06 if way == 1 else 3.0)
 
 
-def _another(real: Tensor, again: int) -> Tensor:
-    """Of one integer or bool."""
+def _another(real: Tensor, again: int, uses: Uses) -> Tensor:
+    """Of one integer or bool. A number may be a limit that all on this rank are below, or above:
+    so it is less at first, then more, then next to nothing."""
     if real.dtype == torch.bool:
         return ~real
-    number = int(real)
-    others = [n for n in (number // 2, number + 1, number + 2) if n != number]
-    return torch.tensor(others[again % len(others)], dtype=real.dtype)
+    number, least = int(real), 1 if uses.positive else 0
+    others = [n for n in (number // 2, number + 1, least, number + 2) if n != number and n >= least]
+    return torch.tensor(others[(again - 1) % len(others)], dtype=real.dtype)
 
 
 def constant_of(node: Node) -> Any:

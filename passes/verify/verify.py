@@ -53,7 +53,7 @@ from moe_fx.region import Declined, Effect, Region, Verification, source_of
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _WEIGHT_BUDGET_BYTES = 1 << 28
-_WAYS = 2
+_WAYS = 4
 
 
 class Verify(Pass):

@@ -166,6 +166,10 @@ SITUATIONS: dict[str, Situation] = {
         lambda w, ids, length: w * (torch.arange(TOKENS) < length)[:, None],
         lambda seed: torch.tensor(7 - seed % 5),
     ),
+    "a length behind all tokens": _on_weights(
+        lambda w, ids, length: w * (torch.arange(TOKENS) < length)[:, None],
+        lambda seed: torch.tensor(TOKENS + seed % 3 * TOKENS),
+    ),
     "a capacity": _on_weights(_capacity, lambda seed: torch.tensor(3 + seed % 3)),
     "ids shifted by an input": _on_ids(
         lambda ids, by: (ids + by) % EXPERTS, lambda seed: torch.tensor(1 + seed % 3)

@@ -47,6 +47,12 @@ def test_a_table_pruned_by_a_mask_of_bools_is_right() -> None:
     assert "bools" in {effect.kind for effect in found.effects}
 
 
+def test_a_length_that_all_tokens_of_this_rank_are_below_is_seen_as_on_other_ranks() -> None:
+    found = SITUATIONS["a length behind all tokens"].outcome("loop")
+    assert found.verdict == "equal", found.reasons
+    assert "integers" in {effect.kind for effect in found.effects}
+
+
 @FEW
 @given(
     spelling=st.sampled_from(list(SPELLINGS)),
