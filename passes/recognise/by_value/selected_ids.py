@@ -57,11 +57,13 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     """Why the experts of a loop are not all there, or not alike: the ids are compared with some of
     them only, or with all."""
     compared: set[int] = set()
+    columns: set[Node] = set()
     found, stack = set(ids.nodes), list(ids.nodes)
     while stack:
         for user in stack.pop().users:
             if user.target is aten.eq.Scalar and isinstance(user.args[1], int):
                 compared.add(user.args[1])
+                columns |= {user.args[0]} if _columns(user.args[0], selection) == 1 else set()
             elif user not in found and is_integer(user):
                 found.add(user)
                 stack.append(user)
@@ -70,6 +72,12 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     missing, compared = sorted(experts - compared), compared & experts
     if len(compared) < 2 or (not missing and selection.looked_up):
         return None  # the caller's refusal says what there is to say
+    if not missing and len(columns) > 1 < selection.top_k:
+        reason = (
+            f"each of a token's {selection.top_k} selections is compared with the {num} experts by "
+            "itself: run an expert once, on all tokens that selected it"
+        )
+        return Refusal(reason, selection.node, 3)
     if not missing:
         reason = f"the {num} experts do not all compute the same on the tokens, each with its own"
         return Refusal(f"{reason} parameters", selection.node, 3)

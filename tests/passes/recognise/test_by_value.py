@@ -169,6 +169,34 @@ class SomeExperts(nn.Module):
         return result * weights
 
 
+class OneSelectionAfterTheOther(nn.Module):
+    """Each expert is run once for the first selections of tokens, and once for the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        result = torch.zeros_like(x)
+        for place in range(2):
+            for number, expert in enumerate(self.experts):
+                share = weights[:, place] * (ids[:, place] == number)
+                result = result + share[:, None] * expert(x)
+        return result
+
+
+def test_experts_run_once_for_each_selection_are_declined_with_what_to_do() -> None:
+    case = captured(OneSelectionAfterTheOther(), tokens(22, HIDDEN))
+    graphs, report = rewritten_on_ranks(case.module, 2)
+    assert graphs is None
+    assert [entry.reason for entry in report.declined] == [
+        "each of a token's 2 selections is compared with the 8 experts by itself: run an expert "
+        "once, on all tokens that selected it"
+    ]
+
+
 def test_a_loop_over_some_of_the_experts_is_declined_with_those_it_leaves_out() -> None:
     graphs, report = rewritten_on_ranks(captured(SomeExperts(6), tokens(22, HIDDEN)).module, 2)
     assert graphs is None
