@@ -56,6 +56,8 @@ _MOVES = (
     aten.unsqueeze.default,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.wait_tensor.default,
     torch.ops.prims.convert_element_type.default,
 )
 """Ops whose result holds entries of their first input, or of a list of inputs."""

@@ -32,6 +32,7 @@ from moe_fx.passes.roles import Selection
 _UNKNOWN = 6  # what stands for a size of which nothing is known
 _MOST_TOKENS = 2048
 _SEEDS, _FIXED = 1009, 7  # of an input; of a parameter, in every case
+_SLIGHT = 0.01  # of what is added to scores, where each expert is to be selected in turn
 _SIZES = (1.0, 0.0, 1e6, 1e-3, 1e-30, 1e12, 1e-8, 1e-16)
 
 _LIMITS = (
@@ -217,12 +218,28 @@ class Trials:
         if not isinstance(made, Tensor) or made.dtype not in ROUNDED:
             return made
         whole = made.double() if self.exact else made
+        if case.logits == "turns" and node in self._shifts:
+            whole = whole * _SLIGHT
         if case.sizes and node in self.tokens:
             flat = whole.reshape(-1, made.shape[-1])
             at = (torch.arange(len(flat)) + case.first) % len(_SIZES)
             factors = torch.tensor(_SIZES, dtype=whole.dtype)[at]
             whole = (flat * factors.unsqueeze(1)).reshape(made.shape)
         return whole
+
+    @cached_property
+    def _shifts(self) -> set[Node]:
+        """Inputs that scores are shifted by, as by the bias of a router trained for balance: they
+        may outweigh what a router prefers."""
+        found, stack, inside = set(), list(self.selection.selectors), {*self.nodes}
+        while stack:
+            node = stack.pop()
+            if node in inside:
+                inside.discard(node)
+                stack += node.all_input_nodes
+            elif node in self.inputs and node not in self.tokens:
+                found.add(node)
+        return found.difference(self.around.logits)
 
     def _typical(self, node: Node, case: Case, again: int) -> Any:
         numbers = self._sizes(case)
