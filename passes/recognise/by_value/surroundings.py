@@ -146,10 +146,11 @@ class Surroundings:
         return "activation" if computed or "activation" in kinds else "parameter"
 
     def _is_table(self, node: Node) -> bool:
-        """Floats that may have an entry per expert; not one that has one per token (a scale)."""
+        """Floats that may have an entry per expert; not one that has one per token (a scale). There
+        may be as many tokens as experts: what the model owns has no entry per token."""
         dims = shape(node)
         floating = len(dims) > 1 and value(node).dtype.is_floating_point
-        return floating and not _leads(dims, self.selection)
+        return floating and (not _leads(dims, self.selection) or _is_of_model(node))
 
     def is_above(self, node: Node) -> bool:
         """Whether the logits are computed from ``node``."""
@@ -225,6 +226,20 @@ class Surroundings:
         known = symbols([*dims[:-1], self.selection.num_tokens], _UNKNOWN)
         total = math.prod(number(size, known) for size in dims[:-1])
         return total == number(self.selection.num_tokens, known)
+
+
+def _is_of_model(node: Node) -> bool:
+    """Computed from parameters alone, or from experts that the ranks gather."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if gather_of(current) is not None:
+            continue
+        if current.op == "call_function":
+            stack += tensor_inputs(current)
+        elif not is_noted(current):
+            return False
+    return True
 
 
 def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:
