@@ -60,10 +60,11 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     columns: set[Node] = set()
     found, stack = set(ids.nodes), list(ids.nodes)
     while stack:
-        for user in stack.pop().users:
+        current = stack.pop()
+        for user in current.users:
             if user.target is aten.eq.Scalar and isinstance(user.args[1], int):
                 compared.add(user.args[1])
-                columns |= {user.args[0]} if _columns(user.args[0], selection) == 1 else set()
+                columns |= {current} if _columns(current, selection) == 1 else set()
             elif user not in found and is_integer(user):
                 found.add(user)
                 stack.append(user)
