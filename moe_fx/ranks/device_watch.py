@@ -6,9 +6,9 @@ stands. An exchange that does not end in time is logged, the group is aborted, w
 go on, and the thread that runs the model gets the error as soon as it is back from the device:
 before it can use any value, since those that hung are not results.
 
-Events are used again and never destroyed: while a thread of the process waits in a copy to memory
-that is not pinned (``tensor.cpu()``), CUDA lets no other destroy one, and the thread that looks
-would hang with the exchange. Seen on an H200, torch 2.11.
+Events are used again and never destroyed. On an H200 (torch 2.11) that thread was seen to stand
+where it let go of the last reference to one, as long as an exchange hung that the model waited for
+in ``tensor.cpu()``.
 
 Nothing is recorded while a CUDA graph is captured, and none of its replays is watched.
 """
@@ -54,8 +54,6 @@ class _Watched:
 _watched: deque[_Watched] = deque()
 _spare: dict[torch.device, list[Any]] = {}
 """Events of exchanges that are over."""
-_ended: list[_Watched] = []
-"""Of groups that were aborted: their events are never destroyed either."""
 _changed = threading.Condition()
 """Held while these are looked at or changed."""
 _thread: threading.Thread | None = None
@@ -73,7 +71,7 @@ def watch(
     if not in_backward():
         _model_thread = threading.get_ident()
     event = spare_event(device) or torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     add(_Watched(event, group, device, stand, timeout, failure, time.monotonic()))
 
 
@@ -150,8 +148,8 @@ def _end(watched: _Watched, error: MoeFxError) -> None:
     log.error("%s", error)
     raise_in(_model_thread, error)
     with _changed:
-        _ended.extend(_watched)
-        _watched.clear()
+        while _watched:
+            _drop(_watched[0])
     abort_group(watched.group, watched.device)
 
 

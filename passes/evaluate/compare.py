@@ -22,6 +22,11 @@ def tells(result: Tensor) -> bool:
     return bool(result.any()) and len(result.flatten()[:_LOOKED_AT].unique()) >= least
 
 
+def not_finite(gradients: Sequence[Tensor]) -> int | None:
+    """The position of the first that shows nothing, since it has entries that are not finite."""
+    return next((at for at, g in enumerate(gradients) if not bool(g.isfinite().all())), None)
+
+
 def relative_errors(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[float]:
     """The largest difference of each gradient, relative to its largest entry, or to a fraction of
     the largest of all where that is more."""

@@ -145,11 +145,15 @@ def _scalar(node: Node, again: int) -> float:
 
 def _another(real: Tensor, again: int, uses: Uses) -> Tensor:
     """Of one integer or bool. A number may be a limit that all on this rank are below, or above:
-    so it is less at first, then more, then next to nothing."""
+    so it is less at first, then more, then 0."""
     if real.dtype == torch.bool:
         return ~real
-    number, least = int(real), 1 if uses.positive else 0
-    others = [n for n in (number // 2, number + 1, least, number + 2) if n != number and n >= least]
+    number, info = int(real), torch.iinfo(real.dtype)
+    others = [
+        n
+        for n in (number // 2, number + 1, 0, number + 2)
+        if n != number and info.min <= n <= info.max and not (uses.positive and n == 0)
+    ]
     return torch.tensor(others[(again - 1) % len(others)], dtype=real.dtype)
 
 

@@ -34,7 +34,7 @@ from moe_fx.graph.copy import copy_graph
 from moe_fx.graph.nodes import shape, value
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.evaluate import simulate
-from moe_fx.passes.evaluate.compare import SEEN, relative_errors, tells
+from moe_fx.passes.evaluate.compare import SEEN, not_finite, relative_errors, tells
 from moe_fx.passes.evaluate.extract import Extract, extract_region, structure, translate
 from moe_fx.passes.evaluate.gradients import (
     Leaf,
@@ -54,6 +54,7 @@ from moe_fx.region import Declined, Effect, Region, Verification, source_of
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _WEIGHT_BUDGET_BYTES = 1 << 28
 _WAYS = 4
+"""Other values of an input that are tried, until its effect is seen."""
 
 
 class Verify(Pass):
@@ -215,6 +216,10 @@ class _Comparison:
     def _same_gradients(
         self, what: str, leaves: list[Leaf], expected: list[Tensor], found: list[Tensor]
     ) -> None:
+        at = not_finite(expected)
+        if at is not None:
+            name = self._name(leaves[at].position)
+            raise _Differs(f"unproved: the layer's gradient of {name} is not finite with {what}")
         distances = relative_errors(expected, found)
         for leaf, distance in zip(leaves, distances, strict=True):
             name = self._name(leaf.position)

@@ -22,6 +22,7 @@ from tests.tables_on_the_way import (
 )
 
 _QUICK = {
+    ("fp8", "gathered"),
     ("lora", "gathered"),
     ("lora", "loop_inside"),
     ("normed", "dense"),

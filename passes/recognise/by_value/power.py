@@ -30,9 +30,11 @@ from moe_fx.passes.recognise.by_value.samples import Sample, Samples, Weighing
 from moe_fx.passes.recognise.by_value.trials import Case
 
 _WAYS = 4
-"""Other values of an input to look for an effect with."""
+"""Other values of an input that are tried, until its effect is seen."""
 _CHECKED = 2
-"""Of them all, to compare reading and captured result with; of what is discrete, more."""
+"""Other values of floats with which the reading must give the captured result."""
+_CHECKED_DISCRETE = 8
+"""The same of integers and bools."""
 
 
 def changes_of(samples: Samples, weighing: Weighing) -> dict[Node, float]:
@@ -86,7 +88,7 @@ def _check(
 ) -> None:
     nodes = [node for group in together for node in group]
     discrete = any(kind_of(node) in ("integers", "bools") for node in nodes)
-    for again in range(1, 1 + _CHECKED * (4 if discrete else 1)):
+    for again in range(1, 1 + (_CHECKED_DISCRETE if discrete else _CHECKED)):
         after = samples.of(samples.trials.rerun(case, sample.values, nodes, again))
         error = after.error(weighing)
         samples.beyond |= after.valid is not None

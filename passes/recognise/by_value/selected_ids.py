@@ -64,7 +64,8 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
         for user in current.users:
             if user.target is aten.eq.Scalar and isinstance(user.args[1], int):
                 compared.add(user.args[1])
-                columns |= {current} if _columns(current, selection) == 1 else set()
+                if _columns(current, selection) == 1:
+                    columns.add(current)
             elif user not in found and is_integer(user):
                 found.add(user)
                 stack.append(user)
@@ -73,7 +74,7 @@ def some_experts(ids: Ids, selection: Selection) -> Refusal | None:
     missing, compared = sorted(experts - compared), compared & experts
     if len(compared) < 2 or (not missing and selection.looked_up):
         return None  # the caller's refusal says what there is to say
-    if not missing and len(columns) > 1 < selection.top_k:
+    if not missing and selection.top_k > 1 and len(columns) > 1:
         reason = (
             f"each of a token's {selection.top_k} selections is compared with the {num} experts by "
             "itself: run an expert once, on all tokens that selected it"

@@ -230,16 +230,11 @@ class Surroundings:
 
 def _is_of_model(node: Node) -> bool:
     """Computed from parameters alone, or from experts that the ranks gather."""
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if gather_of(current) is not None:
-            continue
-        if current.op == "call_function":
-            stack += tensor_inputs(current)
-        elif not is_noted(current):
-            return False
-    return True
+
+    def sources(current: Node) -> list[Node]:
+        return [] if gather_of(current) is not None else tensor_inputs(current)
+
+    return all(n.op == "call_function" or is_noted(n) for n in closure([node], sources))
 
 
 def post_dominators(starts: list[Node], limit: int) -> Iterator[Node]:

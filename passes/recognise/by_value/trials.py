@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_fx.compat import number, symbols
+from moe_fx.graph.flow import closure
 from moe_fx.graph.gathers import gather_of
 from moe_fx.graph.names import view_root
 from moe_fx.graph.nodes import is_integer, shape, value
@@ -231,15 +232,11 @@ class Trials:
     def _shifts(self) -> set[Node]:
         """Inputs that scores are shifted by, as by the bias of a router trained for balance: they
         may outweigh what a router prefers."""
-        found, stack, inside = set(), list(self.selection.selectors), {*self.nodes}
-        while stack:
-            node = stack.pop()
-            if node in inside:
-                inside.discard(node)
-                stack += node.all_input_nodes
-            elif node in self.inputs and node not in self.tokens:
-                found.add(node)
-        return found.difference(self.around.logits)
+        inside = {*self.nodes}
+        above = closure(
+            self.selection.selectors, lambda node: node.all_input_nodes if node in inside else []
+        )
+        return above.intersection(self.inputs).difference(self.tokens, self.around.logits)
 
     def _typical(self, node: Node, case: Case, again: int) -> Any:
         numbers = self._sizes(case)

@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from moe_fx.graph.nodes import same, shape, value
 from moe_fx.graph.refusal import Refusal
-from moe_fx.passes.evaluate.compare import relative_errors
+from moe_fx.passes.evaluate.compare import not_finite, relative_errors
 from moe_fx.passes.recognise.by_value.power import changes_of
 from moe_fx.passes.recognise.by_value.rows.layout import Body
 from moe_fx.passes.recognise.by_value.samples import Ids, Sample, Samples, Shape, Weighing
@@ -183,6 +183,10 @@ def _check_gradients(
             )
             for out in (sample.expected, found)
         )
+    at = not_finite(theirs)
+    if at is not None:
+        reason = f"unproved: the layer's gradient of {list(leaves)[at]} is not finite in the trials"
+        raise Refusal(reason, trials.result, 6)
     for node, error in zip(leaves, relative_errors(theirs, ours), strict=True):
         if error > 10 * tolerance:
             raise Refusal(

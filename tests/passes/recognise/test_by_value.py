@@ -5,11 +5,15 @@ Each sibling breaks one thing of a dense layer. None may become the layer it loo
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import moe_fx
 from moe_fx.graph.feature_dims import regrouped
 from tests.passes.graphs import captured, error_on_ranks, rewritten_on_ranks, tokens
 from tests.spellings import SPELLINGS
@@ -167,6 +171,51 @@ class SomeExperts(nn.Module):
         for number, expert in enumerate(self.experts):
             result = torch.where(ids == number, expert(x), result)
         return result * weights
+
+
+class LookedUp(nn.Module):
+    """Matrices and biases of each token's experts, looked up. top_k 1: by ``max``. activation: of
+    what is between the matrices."""
+
+    def __init__(self, top_k: int, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.top_k, self.activation = top_k, activation
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN) / 4)
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN) / 4)
+        self.bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        if self.top_k == 1:
+            weights, ids = scores.max(-1)
+            rows = torch.einsum("th,thi->ti", x, self.up[ids]) + self.bias[ids]
+            rows = torch.einsum("ti,tih->th", self.activation(rows), self.down[ids])
+            return rows * weights[:, None]
+        weights, ids = scores.topk(self.top_k)
+        rows = torch.einsum("th,tkhi->tki", x, self.up[ids]) + self.bias[ids]
+        rows = torch.einsum("tki,tkih->tkh", self.activation(rows), self.down[ids])
+        return (rows * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("count", [EXPERTS - 1, EXPERTS, EXPERTS // 2, HIDDEN])
+def test_biases_of_experts_are_read_however_many_the_tokens(top_k: int, count: int) -> None:
+    """As many tokens as experts: a bias per expert has the shape of a scale per token."""
+    case = captured(LookedUp(top_k), tokens(count, HIDDEN))
+    graphs, report = rewritten_on_ranks(case.module, 2)
+    assert graphs is not None and report.declined == []
+    assert error_on_ranks(case, graphs) <= 1e-5
+
+
+def _root_where_positive(rows: Tensor) -> Tensor:
+    return torch.where(rows > 0, rows.sqrt(), 0.0)
+
+
+def test_a_layer_without_finite_gradients_is_unproved_with_that_reason() -> None:
+    module = LookedUp(2, _root_where_positive)
+    (declined,) = moe_fx.explain(module, tokens(5, HIDDEN), ranks=2).declined
+    assert re.fullmatch(r"unproved: the layer's gradient of \w+ is not finite .*", declined.reason)
 
 
 class OneSelectionAfterTheOther(nn.Module):
