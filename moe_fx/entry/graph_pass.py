@@ -42,7 +42,8 @@ class MoEPass(CustomGraphPass):
     ``options``: `moe_fx.Options`, or a mapping of them; ``base``: the compiler whose hook this is
     (for npugraph_ex and torchair the graph is lowered to NPU ops too). Under ``strict`` a missed
     candidate (`Report.missed`) raises `NothingMatched` (a graph without any does not). The report
-    of each graph seen is appended to ``reports`` and given to ``options.on_report``.
+    of each graph seen is appended to ``reports`` and given to ``options.on_report``; a graph that a
+    compile cache brings back is not seen.
 
     ::
 
