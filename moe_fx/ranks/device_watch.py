@@ -4,7 +4,8 @@ After each exchange an event is recorded on its stream. A thread looks at events
 a rank's patience and, like a rank that waits itself, says in the group's store where this one
 stands. An exchange that does not end in time is logged, the group is aborted, which lets the stream
 go on, and the thread that runs the model gets the error as soon as it is back from the device:
-before it can use any value, since those that hung are not results.
+before it can use any value, since those that hung are not results. In backward, autograd's own
+thread may start the next exchange before that: `launch_unless_ended` raises the same error there.
 
 Events are used again and never destroyed. On an H200 (torch 2.11) that thread was seen to stand
 where it let go of the last reference to one, as long as an exchange hung that the model waited for
@@ -22,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,10 @@ from moe_fx.errors import MoeFxError, RanksDiffer
 from moe_fx.ranks import presence
 from moe_fx.ranks.presence import Stand, patience
 
-__all__ = ["watch"]
+__all__ = ["launch_unless_ended", "watch"]
 
 log = logging.getLogger("moe_fx")
+T = TypeVar("T")
 
 Failure = Callable[[dist.ProcessGroup, Stand, float, float, Exception | None], MoeFxError]
 
@@ -54,6 +56,8 @@ class _Watched:
 _watched: deque[_Watched] = deque()
 _spare: dict[torch.device, list[Any]] = {}
 """Events of exchanges that are over."""
+_ended: dict[str, MoeFxError] = {}
+"""What ended the exchanges of a group, by its name."""
 _changed = threading.Condition()
 """Held while these are looked at or changed."""
 _thread: threading.Thread | None = None
@@ -73,6 +77,22 @@ def watch(
     event = spare_event(device) or torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     add(_Watched(event, group, device, stand, timeout, failure, time.monotonic()))
+
+
+def launch_unless_ended(group: dist.ProcessGroup, launch: Callable[[], T]) -> T:
+    """``launch()``, an exchange of the group; the error that ended the group's exchanges, if one
+    did."""
+    try:
+        if group.group_name not in _ended:
+            return launch()
+    except RuntimeError as refusal:  # the group may have been aborted meanwhile
+        if group.group_name not in _ended:
+            raise
+        cause: RuntimeError | None = refusal
+    else:
+        cause = None
+    _take_back(_model_thread)
+    raise _ended[group.group_name] from cause
 
 
 def spare_event(device: torch.device) -> Any:
@@ -146,6 +166,7 @@ def _error(watched: _Watched, waited: float, said: bool) -> MoeFxError | None:
 
 def _end(watched: _Watched, error: MoeFxError) -> None:
     log.error("%s", error)
+    _ended[watched.group.group_name] = error
     raise_in(_model_thread, error)
     with _changed:
         while _watched:
@@ -167,3 +188,9 @@ def raise_in(thread: int | None, error: MoeFxError) -> None:
     Raised.__module__ = kind.__module__
     if thread is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Raised))
+
+
+def _take_back(thread: int | None) -> None:
+    """An error that `raise_in` left and that the thread has not got yet: it gets another."""
+    if thread is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)

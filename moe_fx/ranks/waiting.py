@@ -29,7 +29,7 @@ import torch.distributed as dist
 from moe_fx.compat import group_timeout, launch_within
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.ranks import presence
-from moe_fx.ranks.device_watch import watch
+from moe_fx.ranks.device_watch import launch_unless_ended, watch
 from moe_fx.ranks.presence import Stand, named, patience
 
 __all__ = ["TIMEOUT", "WAITING", "Exchange", "failure", "of", "start", "start_and_wait"]
@@ -99,7 +99,8 @@ def start(
     stand = presence.next_exchange(group, what)
     own = group_timeout(group, device)
     if device.type != "cpu":  # the backend's own watchdog, if it is shorter, ends the process
-        return Exchange(launch(), group, device, stand, min(timeout, _BEFORE * own))
+        work = launch_unless_ended(group, launch)
+        return Exchange(work, group, device, stand, min(timeout, _BEFORE * own))
     timeout = min(timeout, own)
     with launch_within(timeout, group, device):
         work = launch()

@@ -70,6 +70,52 @@ def test_the_thread_that_runs_the_model_gets_the_error_before_any_value(ranks2: 
     assert "for rank(s) [1], which did not come to it" in message
 
 
+def go_on(rank: int, raises: bool) -> tuple[str, list[str]]:
+    """After an exchange was ended, autograd's thread starts the next before the thread that runs
+    the model is back: what that one gets, and what the model gets that awaits it."""
+    group = dist.new_group()
+    if rank == 1:
+        return "", []
+    event = Event()
+
+    def launch() -> None:
+        if raises:
+            event.over.wait(60)
+        raise RuntimeError("the communicator was aborted")
+
+    found: list[str] = []
+    over = threading.Lock()
+    over.acquire()
+
+    def backward() -> None:
+        try:
+            if not raises:
+                event.over.wait(60)
+            device_watch.launch_unless_ended(group, launch)
+        except RuntimeError as error:
+            found.append(f"{type(error).__name__}: {error}")
+        over.release()
+
+    with mock.patch.object(device_watch, "abort_group", lambda *_: event.over.set()):
+        try:
+            device_watch.add(watched(group, event))
+            threading.Thread(target=backward).start()
+            over.acquire()  # no line of Python runs in this thread meanwhile
+            return "nothing more", found
+        except RankMissing as error:
+            return str(error), found
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["ended before", "ended meanwhile"])
+def test_an_exchange_of_a_group_that_has_ended_gets_the_error(
+    ranks2: RankPool, raises: bool
+) -> None:
+    said, found = ranks2.run(go_on, raises)[0]
+    assert said == "nothing more"
+    assert len(found) == 1
+    assert found[0].startswith("RankMissing: Rank 0 waited 1")
+
+
 def fine(rank: int) -> int:
     """Exchanges that end, one of them late; how many are still watched."""
     group = dist.new_group()
