@@ -25,10 +25,22 @@
 | ``gating_top_k`` | as ``route``, whole (inference) |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |
+| ``fused_experts`` | a local layer's experts whole: rows, matmuls, activation, weighted sum |
+| ``fused_experts_training`` | the same, with what its backward reads |
 """
 
 from __future__ import annotations
 
-from moe_fx.ops import checked, chunks, cuts, distribute, exchange, experts, padded, routing
+from moe_fx.ops import checked, chunks, cuts, distribute, exchange, experts, fused, padded, routing
 
-__all__ = ["checked", "chunks", "cuts", "distribute", "exchange", "experts", "padded", "routing"]
+__all__ = [
+    "checked",
+    "chunks",
+    "cuts",
+    "distribute",
+    "exchange",
+    "experts",
+    "fused",
+    "padded",
+    "routing",
+]
