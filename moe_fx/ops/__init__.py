@@ -31,7 +31,17 @@
 
 from __future__ import annotations
 
-from moe_fx.ops import checked, chunks, cuts, distribute, exchange, experts, fused, padded, routing
+from moe_fx.ops import (
+    checked,
+    chunks,
+    cuts,
+    distribute,
+    exchange,
+    experts,
+    fused,
+    padded,
+    routing,
+)
 
 __all__ = [
     "checked",

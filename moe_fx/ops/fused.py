@@ -2,7 +2,8 @@
 
 ::
 
-    out[t] = sum over k of weights[t, k] * (act(tokens[t] @ in[e] + b) @ down[e] + b'),  e = ids[t, k]
+    e = ids[t, k]
+    out[t] = sum over k of weights[t, k] * (body(tokens[t] @ gate_up[e] + b[e]) @ down[e] + b'[e])
 
 Shapes: ``T`` tokens, ``K`` experts per token, ``E`` experts, ``S = T * K`` pairs, ``H`` hidden
 size, ``I`` intermediate size. Here in ATen calls, which is what the op means: for CPUs, and for the
@@ -208,7 +209,7 @@ def _fused_experts_backward(
     """Gradients of tokens, weights, gate_up, up, down and the three biases; empty where there is
     no such input."""
     body = Body(layout, act, alpha, limit, shift)
-    top_k, token = ids.shape[1], order // ids.shape[1]
+    token = order // ids.shape[1]
     mul, grad_of = torch.ops.moe_fx.grouped_mm, torch.ops.moe_fx.grouped_mm_grad_weight
     none = grad.new_empty(0)
     grads = grad.to(columns.dtype).index_select(0, token)
@@ -219,9 +220,10 @@ def _fused_experts_backward(
     activated, grad_columns = body.backward(columns, weighed)
     grad_weights = none
     if weights is not None and factor is not None:
-        products = (back.float() * activated.float()).sum(-1)
+        wide = _wide(back.dtype)
+        products = (back.to(wide) * activated.to(wide)).sum(-1)
         if down_bias is not None:
-            products = products + (grads.float() * _of_rows(down_bias, ends, order)).sum(-1)
+            products = products + (grads.to(wide) * _of_rows(down_bias, ends, order)).sum(-1)
         products[int(ends[-1]) :] = 0
         grad_weights = weights.new_empty(weights.shape)
         grad_weights.view(-1)[order.long()] = products.to(weights.dtype)
@@ -261,8 +263,9 @@ def _like(grad: Tensor, table: Tensor) -> Tensor:
 
 def _of_rows(bias: Tensor, ends: Tensor, order: Tensor) -> Tensor:
     """Each row's entry ``[S, H]``, 0 behind the last."""
-    rows = bias.new_zeros((len(order), bias.shape[1]), dtype=torch.float32)
-    each = bias.float().repeat_interleave(ends.diff(prepend=ends.new_zeros(1)).long(), 0)
+    wide = _wide(bias.dtype)
+    rows = bias.new_zeros((len(order), bias.shape[1]), dtype=wide)
+    each = bias.to(wide).repeat_interleave(ends.diff(prepend=ends.new_zeros(1)).long(), 0)
     rows[: len(each)] = each
     return rows
 
@@ -295,18 +298,12 @@ def _fused_experts_training_fake(
 
 
 def _fused_experts_backward_fake(
-    grad: Tensor,
-    columns: Tensor,
-    order: Tensor,
-    ends: Tensor,
-    tokens: Tensor,
-    ids: Tensor,
-    *args: Any,
+    grad: Tensor, columns: Tensor, order: Tensor, ends: Tensor, tokens: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     def like(given: Tensor | None) -> Tensor:
         return grad.new_empty(0) if given is None else torch.empty_like(given)
 
-    weights, gate_up, up, down, *biases = args[:7]
+    _ids, weights, gate_up, up, down, *biases = args[:8]
     return (
         tokens.new_empty(tokens.shape),
         *(like(given) for given in (weights, gate_up, up, down, *biases)),

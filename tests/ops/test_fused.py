@@ -32,7 +32,7 @@ def one_by_one(
     act, dtype = Body(*body[:-1]), body[-1]
     out = []
     for t, token in enumerate(tokens):
-        total = token.new_zeros(down.shape[2])
+        total = 0 * token.sum().expand(down.shape[2])
         for k, e in enumerate(ids[t].tolist()):
             if not 0 <= e < len(down):
                 continue
