@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -50,11 +51,25 @@ class Target:
         """As `moe_fx.explain`. `ConfigurationError` if the model does not run."""
         with _users_code("The model cannot be captured"):
             try:
-                return explain(self.model, *self.args, dynamic=dynamic, ranks=ranks, **self.kwargs)
+                with _without_tracers_log():
+                    return explain(
+                        self.model, *self.args, dynamic=dynamic, ranks=ranks, **self.kwargs
+                    )
             except Exception:
                 with _users_code("The model cannot be run with these arguments"):
                     self.model(*self.args, **self.kwargs)  # says it better than a tracer does
                 raise
+
+
+@contextmanager
+def _without_tracers_log() -> Iterator[None]:
+    """Torch 2.14 logs a traceback of its own for what a model cannot run, before the error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def load(target: str, implementation: str | None = None, dtype: str | None = None) -> Target:
