@@ -27,7 +27,7 @@ Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
 Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "mc2", "gather_weights"]
 Overflow = Literal["error", "drop"]
-Lower = Literal["auto", "off", "npu"]
+Lower = Literal["auto", "off", "npu", "cuda"]
 
 ORDERS_LATER = ("inductor",)
 """Base compilers that call `moe_fx.bases.inductor.OrderPass` on the graphs they run, backwards as
@@ -48,8 +48,10 @@ class Options(BaseModel):
         makes the host wait for the device (`moe_fx.plan.ExchangePlan.host_sync`).
     base_options: options for that compiler: Inductor's ``options``, npugraph_ex's ``options``,
         attributes of torchair's ``CompilerConfig`` by their dotted names.
-    lower: make ops of the device of the dialect ops: "auto": on an NPU; "off"; "npu": wherever the
-        graph is, for tests with `moe_fx.devices.ascend.reference`.
+    lower: "auto": on an NPU make ops of the device of the dialect ops, on CUDA fuse the experts of
+        local layers; "off": neither; "npu": as on an NPU wherever the graph is, for tests with
+        `moe_fx.devices.ascend.reference`; "cuda": fuse local layers' experts as on CUDA, wherever
+        the graph runs.
     exchange_cores: (AI cores, vector cores) that ops on the exchange's stream may use on an NPU.
     verify: compare each region with its replacement by value: "off"; "compile": when a graph is
         compiled, equal layers once; "always": every layer.

@@ -58,6 +58,23 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """That a local layer's experts are one op, and what it is told of them (`moe_fx.ops.fused`).
+
+    up_first: of two tables for gate and up, the graph multiplies by that of up first. trains: the
+    op keeps what its backward reads.
+    """
+
+    layout: str
+    act: str
+    alpha: float = 1.0
+    limit: float | None = None
+    shift: float = 0.0
+    up_first: bool = False
+    trains: bool = False
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """The same on every rank but for ``rank``.
 
@@ -74,6 +91,7 @@ class ExchangePlan:
         and the last in halves (`moe_fx.ops.cuts`). least_rows: no expert is cut into less.
     capacity_factor, drop: of a strategy with buffers of fixed size (`moe_fx.ops.padded`).
     predicted: what the cost model expects, where it chose (overlap="auto").
+    fused: of "local", that all of the layer behind the router is one op; None: it is not.
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """
@@ -91,6 +109,7 @@ class ExchangePlan:
     capacity_factor: float | None = None
     drop: bool = False
     predicted: Predicted | None = None
+    fused: Fused | None = None
 
     @property
     def exchanges(self) -> bool:
@@ -119,7 +138,7 @@ class ExchangePlan:
     def summary(self) -> str:
         """For people: what is done, and what it is expected to take."""
         if self.strategy == "local":
-            return self.strategy
+            return self.strategy if self.fused is None else f"{self.strategy}, fused"
         text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts"
         if self.capacity_factor is not None:
             text += f", capacity factor {self.capacity_factor:g}" + ", drops" * self.drop

@@ -24,7 +24,7 @@ from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.legal import check_order, check_pairs, collectives, in_tests
 from moe_fx.passes.normalise import Normalise
 from moe_fx.passes.overlap import Overlap
-from moe_fx.passes.plan import Plan, PlanForRanks
+from moe_fx.passes.plan import FuseExperts, Plan, PlanForRanks
 from moe_fx.passes.recognise import Recognise
 from moe_fx.passes.recognise.exchanged import Exchanged, Unexchange
 from moe_fx.passes.rewrite import FuseRouter, Rewrite
@@ -37,6 +37,7 @@ ANALYSIS: tuple[Pass, ...] = (
     Unexchange(),
     Recognise(),
     Plan(),
+    FuseExperts(),
     Verify(),
     NewSizes(),
     Describe(),

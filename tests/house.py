@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("moe_fx.integrations", "moe_fx.testing"),
     ("moe_fx",),
     ("moe_fx.cli", "moe_fx.pytest_plugin"),
+    ("moe_fx.bench",),
     ("moe_fx.command_line",),
     ("moe_fx.npu_selftest",),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import moe_fx_cli
+import moe_fx_cli.bench
 from moe_fx.errors import MoeFxError
 from moe_fx.testing import RankPool
 from tests.bench import layers, netlab, overlap, ranks, results, timeline, variants
@@ -326,15 +327,15 @@ def test_a_machine_that_cannot_have_the_network_is_skipped_with_the_reason(
 
 
 def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(moe_fx_cli, "__file__", str(tmp_path / "moe_fx_cli" / "__init__.py"))
+    monkeypatch.setattr(moe_fx_cli.bench, "__file__", str(tmp_path / "moe_fx_cli" / "bench.py"))
     with pytest.raises(MoeFxError, match=r"Clone the project, `pip install -e '\.\[hf\]'`"):
-        moe_fx_cli._from_checkout("tests.bench.overlap")
+        moe_fx_cli.bench._from_checkout("tests.bench.overlap")
 
 
 def test_the_checkout_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(Path(moe_fx_cli.__file__).resolve().parents[2])
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", root)])
-    assert moe_fx_cli._from_checkout("tests.bench.overlap") is overlap
+    assert moe_fx_cli.bench._from_checkout("tests.bench.overlap") is overlap
     assert root in sys.path
 
 

@@ -7,6 +7,7 @@ business: the conversion moves in front of the graph, where its gradient makes D
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +72,12 @@ def localise(module: GraphModule, inputs: Sequence[Any]) -> Localised:
 
 
 def _reads_locally(user: Node, node: Node) -> bool:
-    return (
-        user.op == "call_method"
-        and user.target == "to_local"
-        and user.args == (node,)
-        and not user.kwargs
-    )
+    if user.args != (node,) or user.kwargs:
+        return False
+    if user.op == "call_method":
+        return user.target == "to_local"
+    # Before torch 2.12 Dynamo calls a function instead, which holds the arguments.
+    if user.op != "call_function" or getattr(user.target, "__name__", "") != "prim_to_local":
+        return False
+    assert inspect.isfunction(user.target)
+    return not any(inspect.getclosurevars(user.target).nonlocals.values())

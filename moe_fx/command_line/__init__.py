@@ -9,20 +9,16 @@ error and no traceback; 0 and 1 as its help says.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from types import ModuleType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.text import Text
+
+from moe_fx_cli.bench import bench_command
+from moe_fx_cli.refusing import failing, writable, write
 
 __all__ = ["app"]
 
@@ -74,18 +70,6 @@ def main(
     """
 
 
-def _writable(path: Path | None) -> Path | None:
-    """For an option: what cannot be written is known before the work, not after it."""
-    if path is not None:
-        if not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {str(path.absolute().parent)!r}")
-        if path.is_dir():
-            raise typer.BadParameter(f"{str(path)!r} is a folder, expected a file")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise typer.BadParameter(f"{str(path)!r} cannot be written")
-    return path
-
-
 @app.command("demo")
 def demo_command(
     ranks: Annotated[int, typer.Option(min=1, help="Processes to run, one rank each.")] = 2,
@@ -116,7 +100,7 @@ def demo_command(
     Exit status: 0; 1 if anything differs from the original; 2 if an option
     cannot be used.
     """
-    with _failing():
+    with failing():
         from moe_fx.cli.demo import DEFAULT_MODELS, run_demo
 
         passed = run_demo(tuple(model or DEFAULT_MODELS), ranks, tokens, base, Console())
@@ -160,12 +144,12 @@ def explain_command(
     ] = False,
     json: Annotated[
         Path | None,
-        typer.Option(callback=_writable, help="Also write the report as JSON (docs/report.md)."),
+        typer.Option(callback=writable, help="Also write the report as JSON (docs/report.md)."),
     ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
-            callback=_writable,
+            callback=writable,
             help="Also write the report as an HTML page, with the source of each layer.",
         ),
     ] = None,
@@ -187,161 +171,16 @@ def explain_command(
     Exit status: 0 if an MoE layer was found; 1 if none was, or (--strict) one
     may be missed; 2 if the target or an option cannot be used.
     """
-    with _failing():
+    with failing():
         from moe_fx.cli.target import load
 
         report = load(target, implementation, dtype).explain(dynamic=dynamic or None, ranks=ranks)
         report.print(Console())
-        for path, write in ((json, report.to_json), (html, report.to_html)):
+        for path, how in ((json, report.to_json), (html, report.to_html)):
             if path is not None:
-                _write(path, write)
+                write(path, how)
     may_be_missed = report.missed or report.hidden
     raise typer.Exit(0 if report.regions and not (strict and may_be_missed) else 1)
 
 
-@app.command("bench")
-def bench_command(
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Block of transformers; may be repeated. qwen3: many small experts; mixtral: few "
-            "big ones; deepseek: with a shared expert. Default: all."
-        ),
-    ] = None,
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Time of exchange over time of compute, set by the width of the experts; may be "
-            "repeated. Default: 0.25, 0.5, 1, 2."
-        ),
-    ] = None,
-    routing: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How evenly tokens use experts; may be repeated. zipf: the share of an expert "
-            "falls with its rank. Default: both."
-        ),
-    ] = None,
-    backward: Annotated[
-        bool | None,
-        typer.Option(
-            "--backward/--forward",
-            help="Only forward + backward, or only forward. Default: both.",
-        ),
-    ] = None,
-    program: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Program to measure, beside compute, exchange and unoverlapped, which the figures "
-            "are made of; may be repeated: hf_eager, hf_compiled, inductor, inductor_cost, auto, "
-            "auto_even, chunks1, 2, 4, 8, allgather1, 2, 4, 8. Default: all."
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Steps of each program, in turn; medians count. Default: 7; 3 if --quick."
-        ),
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="One point (qwen3, ratio 1, uniform, forward), unless said otherwise."
-        ),
-    ] = False,
-    json: Annotated[
-        Path | None,
-        typer.Option(callback=_writable, help="Also write every figure, and the machine, as JSON."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            callback=_writable,
-            help="Also write a trace of the first point for ui.perfetto.dev, and beside it a "
-            "picture (.svg): compute, exchange and wait of each rank, without overlap and with.",
-        ),
-    ] = None,
-) -> None:
-    """Measure how much of the exchange hides behind compute, on a slow link.
-
-    The two hosts are network namespaces of this machine; their link is
-    limited to 150 Mbit/s (300 at ratio 0.25). Needs root and iproute2
-    (without, says so; exit status 0), and no accelerator. Each of these is
-    compared with the original block, then all run in turn: compute only,
-    exchange only, moe_fx without overlap, transformers' AllToAllEP eager and
-    compiled, Inductor's own overlap scheduler, moe_fx in 1, 2, 4 and 8 chunks
-    and as it chooses itself; the same by all-gather, and as it chooses if
-    promised even numbers of tokens.
-
-    How to read it. bound: the longer of compute and exchange, which no
-    program can beat; / bound: 1.00 is perfect; hidden: the share of the time
-    lost without overlap that is won back. A program that cannot run here is
-    listed with the reason. --quick takes minutes, the whole grid hours: it
-    says how long before it starts. Keep the machine otherwise idle.
-
-    Examples:
-      moe-fx bench --quick                        one point: minutes
-      moe-fx bench --quick --program auto         the fewest programs
-      moe-fx bench --layer mixtral --forward --json figures.json
-
-    Exit status: 0; 1 if a program of moe_fx failed or differs from the
-    original; 2 if an option cannot be used, or there is no checkout.
-    """
-    with _failing():
-        bench = _from_checkout("tests.bench.overlap")
-        points = bench.run(
-            bench.select(layer, ratio, routing, backward, rounds, quick, trace, program),
-            Console(),
-            json,
-        )
-    raise typer.Exit(1 if bench.failures(points or []) else 0)
-
-
-def _from_checkout(name: str) -> ModuleType:
-    """The module ``name`` of the checkout that moe_fx itself was imported from."""
-    from moe_fx.errors import MoeFxError
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / f"{name.replace('.', '/')}.py").exists():
-        raise MoeFxError(
-            f"The benchmark is not part of the installed package, and there is no checkout around "
-            f"{Path(__file__).parent}. Clone the project, `pip install -e '.[hf]'` in it, and run "
-            "moe-fx bench again."
-        )
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MoeFxError(
-            f"The benchmark cannot be imported: {error}. It needs transformers: "
-            "pip install -e '.[hf]' in the checkout."
-        ) from None
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        _fail(f"{path} cannot be written: {error.strerror}")
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """An error that moe_fx raises on purpose, or a torch that it does not work with, ends the
-    command with one message."""
-    try:
-        from moe_fx.errors import MoeFxError
-    except ImportError as error:
-        _fail(f"moe_fx cannot be imported: {error}")
-    try:
-        yield
-    except MoeFxError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    said = Text.assemble(("error: ", "red"), message)
-    console = Console(stderr=True)
-    console.print(said, soft_wrap=not console.is_terminal)
-    raise typer.Exit(2)
+app.command("bench")(bench_command)

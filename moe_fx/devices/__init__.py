@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_fx.devices.ascend.device import Ascend, is_for_ascend
+from moe_fx.devices.cuda.device import Cuda, is_for_cuda
 from moe_fx.devices.plain import Plain
 from moe_fx.options import Options
 
@@ -19,4 +20,6 @@ __all__ = ["device_for"]
 
 def device_for(options: Options, inputs: Sequence[Any]) -> Plain:
     """The device that graphs with these inputs are compiled for."""
-    return Ascend.of(options, inputs) if is_for_ascend(options, inputs) else Plain()
+    if is_for_ascend(options, inputs):
+        return Ascend.of(options, inputs)
+    return Cuda.of(options, inputs) if is_for_cuda(options, inputs) else Plain()

@@ -25,6 +25,8 @@ from moe_fx.report.html import page
 from moe_fx.report.rows import Rows
 
 _WIDTH = 120
+_PARTS = ("experts", "router")
+"""Of a layer, what a device may have one op for."""
 
 
 def _versions() -> dict[str, str]:
@@ -40,8 +42,9 @@ def _versions() -> dict[str, str]:
 class Report:
     """regions, declined: in graph order. plans: one per region that is not "exchanged" already.
     pass_seconds: wall time of each pass. graphs: how many captured graphs this report covers.
-    lowered: of each graph that a device's compiler made of these, its dialect ops; filled when that
-    compiles its graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
+    lowered: layers whose experts or routers a device's ops could be, and what they are; of each
+    graph that a device's compiler made of these, its dialect ops, filled when that compiles its
+    graphs, which may be after ``on_report``. notes: what moe_fx has changed of the
     compilation beside the layers, and why. breaks: where Dynamo ended a graph, or gave a function
     up. model: class or function that was compiled. versions: of moe_fx, torch and, if it is in use,
     transformers. expert_parameters: of `moe_fx.explain`, the names of the
@@ -86,6 +89,16 @@ class Report:
     def missed(self) -> list[Declined]:
         """The declined candidates that may be MoE layers: what ``strict`` refuses."""
         return [declined for declined in self.declined if declined.reads_experts]
+
+    @property
+    def kept(self) -> list[str]:
+        """Whose experts or routers the device has an op for that does not fit, and why."""
+        found = Counter((each.op, each.kept) for each in self.lowered if each.op in _PARTS)
+        return [
+            f"{op} of {count} layer{'s' * (count > 1)} not fused: {why}"
+            for (op, why), count in found.items()
+            if why
+        ]
 
     @property
     def about(self) -> str:
@@ -150,6 +163,7 @@ class Report:
             + (f"\n{indent(d.bug, '  | ')}" if d.bug else "")
             for d in self.declined
         ]
+        lines += [f"- {kept}" for kept in self.kept]
         lines += [f"- note: {note}" for note in self.notes]
         lines += [f"- graph break: {each.text}\n  at {each.source}" for each in self.breaks]
         if self.nothing:
@@ -185,6 +199,8 @@ class Report:
             console.print(self._regions_table())
         if self.declined:
             console.print(self._declined_table())
+        for kept in self.kept:
+            console.print(kept, markup=False, highlight=False)
         for note in self.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)
         if self.breaks:

@@ -7,6 +7,7 @@ Pseudo-code, for one region::
 
     nothing travels: rows, row_map = permute(tokens, ids);  rows = experts(rows)
                      out = unpermute(rows, row_map, weights)     # or `post` as captured
+                     on devices that fuse: out = fused_experts(tokens, ids, weights, tables)
     otherwise:       the same, the rows travelling as the plan's strategy says (`passes/strategies`)
 
 All rows of a side stand in one order there, so the permutations of the captured body vanish.
@@ -24,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_fx.graph.gathers import erase_if_unread
 from moe_fx.graph.nodes import value
 from moe_fx.passes.base import Context, Pass, PassResult, StandIn
-from moe_fx.passes.strategies import STRATEGIES
+from moe_fx.passes.strategies import strategy_of
 from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.plan import ExchangePlan
 from moe_fx.region import Region
@@ -63,7 +64,7 @@ def rewrite_region(
     own result stood. waiting: as of `Emitter`."""
     combined = region.parts.combined
     with graph.inserting_before(combined):
-        result = STRATEGIES[plan.strategy](Emitter(graph, region.parts, plan, waiting))
+        result = strategy_of(plan)(Emitter(graph, region.parts, plan, waiting))
     combined.replace_all_uses_with(result, propagate_meta=False)
     result.meta.update({k: v for k, v in combined.meta.items() if k == "val"})
 

@@ -1,7 +1,7 @@
 """Strategies: how rows travel between tokens and experts.
 
 In: a region and a plan. Out: nodes of the dialect, from tokens to the region's result, written with
-an `emitter` by ``STRATEGIES[plan.strategy]``. `fitting` says which strategies a region can have.
+an `emitter` by ``strategy_of(plan)``. `fitting` says which strategies a region can have.
 
 To add a strategy: a file here with a function of an `Emitter`, a line in ``STRATEGIES``, its limits
 in `fitting`, its price in `moe_fx/cost/layer.py`, and its name in `moe_fx/options.py`.
@@ -16,10 +16,12 @@ from torch.fx import Node
 from moe_fx.passes.strategies.alltoall import alltoall
 from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.passes.strategies.even import allgather, padded_alltoall
+from moe_fx.passes.strategies.fused import fused
 from moe_fx.passes.strategies.local import local
 from moe_fx.passes.strategies.mc2 import mc2
+from moe_fx.plan import ExchangePlan
 
-__all__ = ["STRATEGIES"]
+__all__ = ["STRATEGIES", "strategy_of"]
 
 STRATEGIES: dict[str, Callable[[Emitter], Node]] = {
     "local": local,
@@ -29,3 +31,8 @@ STRATEGIES: dict[str, Callable[[Emitter], Node]] = {
     "allgather": allgather,
     "mc2": mc2,
 }
+
+
+def strategy_of(plan: ExchangePlan) -> Callable[[Emitter], Node]:
+    """What emits a region that is planned so."""
+    return STRATEGIES[plan.strategy] if plan.fused is None else fused

@@ -1,7 +1,8 @@
 """Verify: before a rewrite is accepted, original and replacement must agree by value.
 
 Contract. In: recognised regions and their plans. Out: those that agreed, marked ``verified``; the
-others are declined with what was seen. The graph is not changed.
+others are declined with what was seen. A region whose fused experts did not agree is planned
+without, and tried again. The graph is not changed.
 
 Pseudo-code, for one region::
 
@@ -46,6 +47,7 @@ from moe_fx.passes.evaluate.gradients import (
 )
 from moe_fx.passes.evaluate.on_host import reference_ops
 from moe_fx.passes.evaluate.sizes import concrete
+from moe_fx.passes.plan.fuse_experts import unfused
 from moe_fx.passes.rewrite.rewrite import rewrite_region
 from moe_fx.passes.verify.rank_values import RankValues, kind_of_input, name_of_input
 from moe_fx.plan import ExchangePlan
@@ -61,16 +63,15 @@ class Verify(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
         if context.options.verify == "off":
             return PassResult(module, changed=False)
-        seen: dict[str, Verified | str] = {}
+        tried = _Tried(context.options.verify == "always")
         kept: list[tuple[Region, ExchangePlan]] = []
         for region, plan in zip(context.regions, context.plans, strict=True):
             alone, region_alone = extract_region(region)
             cuts = gradient_cuts(alone, region_alone) if context.training else None
-            key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}\n{cuts and sorted(cuts)}"
-            if key not in seen or context.options.verify == "always":
-                roomy = replace(plan, capacity_factor=None, drop=False, least_rows=1)
-                seen[key] = difference(alone, region_alone, roomy, cuts)
-            found = seen[key]
+            found = tried.find(alone, region_alone, plan, cuts)
+            if isinstance(found, str) and plan.fused is not None:
+                plan = unfused(region, plan, context.report, f"verification: {found}")
+                found = tried.find(alone, region_alone, plan, cuts)
             if isinstance(found, str):
                 combined = region.parts.combined
                 context.report.declined.append(
@@ -84,6 +85,23 @@ class Verify(Pass):
         context.regions = [region for region, _ in kept]
         context.plans = [plan for _, plan in kept]
         return PassResult(module, changed=False)
+
+
+class _Tried:
+    """What was found of each region and plan; equal ones are tried once unless ``always``."""
+
+    def __init__(self, always: bool) -> None:
+        self.always = always
+        self._found: dict[str, Verified | str] = {}
+
+    def find(
+        self, alone: Extract, region: Region, plan: ExchangePlan, cuts: frozenset[str] | None
+    ) -> Verified | str:
+        key = f"{structure(alone)}\n{region.parts.distinct}\n{plan}\n{cuts and sorted(cuts)}"
+        if key not in self._found or self.always:
+            roomy = replace(plan, capacity_factor=None, drop=False, least_rows=1)
+            self._found[key] = difference(alone, region, roomy, cuts)
+        return self._found[key]
 
 
 def _effects(alone: Extract, region: Region, found: Verified) -> tuple[Effect, ...]:

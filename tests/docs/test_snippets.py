@@ -56,6 +56,7 @@ SLOW = {"generate.py", "test_my_moe.py"}
 NOT_RUN = {
     "pip install": "it changes the environment that the tests run in; .ci/run installs",
     "vllm serve": "it is a server, which does not end by itself",
+    "--device cuda": "it needs a GPU; tests/one_gpu runs the same on the host",
 }
 ELSEWHERE = ("torch_npu", "torchair", "vllm")
 """Packages that have environments of their own here (`tests.vllm_plugin`), or need hardware."""

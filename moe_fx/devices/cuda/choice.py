@@ -1,0 +1,259 @@
+"""Which kernel a layer's matmuls run on, for so many tokens: by measurement, once, kept on disk.
+
+A layer of a shape is measured the first time that it runs with about so many tokens (a power of two
+and all below it, down to the next): gate and up first, then down, each in the few ways that are
+worth a try there. What was fastest is kept in a file per GPU, and the file's name says all that it
+depends on, so that other releases and other kernels measure again.
+
+Nothing is measured under capture of a CUDA graph, nor with ``MOE_FX_TUNE=0``: then `default`
+answers, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_fx.devices.cuda.kernels.gemm import Tiles
+from moe_fx.sources import SOURCES
+
+__all__ = ["GROUPED", "Shape", "Way", "candidates", "default", "way"]
+
+log = logging.getLogger("moe_fx")
+
+GROUPED = "grouped_mm"
+"""torch's grouped matmul on gathered rows."""
+_SECONDS = 0.03
+"""For one way to run one matmul, at most, once it is compiled."""
+_MOST = 9
+"""Times that it is run."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer, as far as speed depends on it. k_last: gate and up, down are stored with the summed
+    dimension last. described: TMA takes the tables. grouped: torch's grouped matmul takes them."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    layout: str
+    dtype: str
+    k_last: tuple[bool, bool]
+    described: bool
+    grouped: bool
+
+    @property
+    def gated(self) -> bool:
+        return self.layout != "single"
+
+
+@dataclass(frozen=True)
+class Way:
+    """`GROUPED`, or the tiles of the kernel."""
+
+    gate_up: Tiles | str
+    down: Tiles | str
+
+
+_chosen: dict[tuple[int, Shape, int], Way] = {}
+_lock = threading.Lock()
+
+
+def way(
+    shape: Shape,
+    tokens: int,
+    device: torch.device,
+    activations: Callable[[Way], Tensor],
+    result: Callable[[Way, Tensor], Tensor],
+) -> Way:
+    """The way to run this call. activations, result: run the halves of the layer in some way."""
+    if device.type != "cuda":
+        return default(shape, tokens)
+    bucket = triton.next_power_of_2(tokens)
+    key = (device.index, shape, bucket)
+    found = _chosen.get(key)
+    if found is not None:
+        return found
+    if os.environ.get("MOE_FX_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
+        return default(shape, tokens)
+    with _lock:
+        if key not in _chosen:
+            _chosen[key] = _kept(device, shape, bucket) or _measured(
+                shape, tokens, bucket, device, activations, result
+            )
+        return _chosen[key]
+
+
+def _measured(
+    shape: Shape,
+    tokens: int,
+    bucket: int,
+    device: torch.device,
+    activations: Callable[[Way], Tensor],
+    result: Callable[[Way, Tensor], Tensor],
+) -> Way:
+    began = time.perf_counter()
+    best = default(shape, tokens)
+    ups, downs = candidates(shape, tokens)
+    up = _fastest(ups, lambda each: activations(Way(each, best.down)))
+    best = Way(up or best.gate_up, best.down)
+    h = activations(best)
+    down = _fastest(downs, lambda each: result(Way(best.gate_up, each), h))
+    best = Way(best.gate_up, down or best.down)
+    log.info(
+        "measured experts %dx%d, %d of %d, up to %d tokens, in %.1f s: %s",
+        *(shape.hidden, shape.inner, shape.top_k, shape.experts, bucket),
+        time.perf_counter() - began,
+        best,
+    )
+    _keep(device, shape, bucket, best)
+    return best
+
+
+def _fastest(ways: list[Tiles | str], run: Callable[[Tiles | str], Any]) -> Tiles | str | None:
+    """None: none of them can run here."""
+    times: dict[Tiles | str, float] = {}
+    for each in ways:
+        try:
+            run(each)  # compiles
+        except (
+            triton.runtime.errors.OutOfResources,
+            triton.compiler.errors.CompilationError,
+        ) as no:
+            log.debug("%s: %s", each, no)
+        else:
+            times[each] = _seconds(lambda each=each: run(each))  # type: ignore[misc]
+    return min(times, key=times.__getitem__) if times else None
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    taken: list[float] = []
+    while len(taken) < _MOST and (len(taken) < 3 or sum(taken) < _SECONDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(1e-3 * start.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def default(shape: Shape, tokens: int) -> Way:
+    """Where nothing was measured: the first of the candidates."""
+    ups, downs = candidates(shape, tokens)
+    return Way(ups[0], downs[0])
+
+
+def candidates(shape: Shape, tokens: int) -> tuple[list[Tiles | str], list[Tiles | str]]:
+    """Ways for gate and up, and for down, the one that was mostly the fastest first."""
+    rows = tokens * shape.top_k / shape.experts
+    ups = [each for each in _tiles(rows, shape.gated) if _divides(each, shape.hidden)]
+    downs = [each for each in _tiles(rows, False) if _divides(each, shape.inner)]
+    grouped: list[Tiles | str] = [GROUPED] if shape.grouped else []
+    ups, downs = (_described(each, shape) for each in (ups, downs))
+    if rows >= _MANY_ROWS:
+        return [*grouped, *ups], [*grouped, *downs]
+    if rows >= _SOME_ROWS:
+        return [*ups, *grouped], [*downs, *grouped]
+    return list(ups), list(downs)
+
+
+_SOME_ROWS = 24
+_MANY_ROWS = 512
+
+
+def _divides(tiles: Tiles, depth: int) -> bool:
+    return depth % tiles.depth == 0 or tiles.depth <= 64
+
+
+def _described(tiles: list[Tiles], shape: Shape) -> list[Tiles]:
+    return [each for each in tiles if not each.described or shape.described]
+
+
+def _tiles(rows: float, gated: bool) -> list[Tiles]:
+    if rows <= _SOME_ROWS:
+        return [
+            Tiles(16, 64, 128, 1, 4, 4),
+            Tiles(16, 128, 128, 1, 4, 3),
+            Tiles(16, 64, 64, 1, 4, 5),
+            Tiles(16, 32, 128, 1, 4, 5),
+            Tiles(32, 64, 128, 1, 4, 4),
+            Tiles(16, 64, 64, 1, 4, 4),
+        ]
+    if rows <= 96:
+        return [
+            Tiles(32, 64, 128, 1, 4, 4),
+            Tiles(64, 128, 64, 1, 4, 4),
+            Tiles(64, 64, 128, 1, 4, 3),
+            Tiles(16, 64, 128, 1, 4, 4),
+            Tiles(64, 64, 64, 1, 4, 4),
+        ]
+    wide = 128 if gated else 256
+    return [
+        Tiles(128, 128, 64, 8, 8, 3),
+        Tiles(128, wide, 64, 8, 8, 3, described=True),
+        Tiles(128, 128, 64, 8, 8, 4, described=True),
+        Tiles(64, 128, 64, 8, 4, 4, described=True),
+        Tiles(64, 128, 64, 8, 4, 4),
+        Tiles(128, 64, 64, 8, 4, 4),
+    ]
+
+
+def _file(device: torch.device) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    versions = f"torch-{torch.__version__}-triton-{triton.__version__}-{SOURCES[:12]}"
+    return cache / "moe_fx" / "cuda" / f"{name}-{versions}.json"
+
+
+def _name(shape: Shape, bucket: int) -> str:
+    return " ".join(f"{key}={value}" for key, value in {**asdict(shape), "tokens": bucket}.items())
+
+
+def _kept(device: torch.device, shape: Shape, bucket: int) -> Way | None:
+    found = _read(_file(device)).get(_name(shape, bucket))
+    if found is None:
+        return None
+    up, down = (each if isinstance(each, str) else Tiles(*each) for each in found)
+    return Way(up, down)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): kernels are measured again", file, error)
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _keep(device: torch.device, shape: Shape, bucket: int, chosen: Way) -> None:
+    file = _file(device)
+    both = [
+        each if isinstance(each, str) else astuple(each) for each in (chosen.gate_up, chosen.down)
+    ]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = _read(file) | {_name(shape, bucket): both}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
+            json.dump(content, written, indent=1)
+        os.replace(written.name, file)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the next process measures again", file, error)

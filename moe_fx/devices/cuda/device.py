@@ -1,0 +1,27 @@
+"""CUDA GPUs, as passes and compilers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moe_fx.devices.plain import Plain
+from moe_fx.options import Options
+
+
+def is_for_cuda(options: Options, inputs: Sequence[Any]) -> bool:
+    """Whether the inputs are on a GPU, or graphs with them are fused as if they were."""
+    return options.lower == "cuda" or (options.lower == "auto" and _on_cuda(inputs))
+
+
+class Cuda(Plain):
+    @classmethod
+    def of(cls, options: Options, inputs: Sequence[Any]) -> Cuda:
+        fuses_routers = options.lower == "cuda" or _on_cuda(inputs)
+        return cls(fuses_experts=True, fuses_routers=fuses_routers)
+
+
+def _on_cuda(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)

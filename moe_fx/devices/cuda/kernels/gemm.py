@@ -1,0 +1,389 @@
+"""Matmuls of rows sorted by expert, each with its expert's matrix, that gather what they read.
+
+`gate_up` reads tokens by the pairs' order, so that no permuted copy is made, and ends with bias and
+activation. `down` multiplies each row by its routing weight and writes it at its pair's place, so
+that a token's rows stand together. A program has one tile of one expert's rows; which expert's
+follows from where each expert's rows end, so the host need not know.
+
+Learned from: Liger-Kernel `ops/fused_moe.py`, vLLM `fused_moe` (one tile map for all experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_fx.devices.cuda.kernels.activation import activated
+from moe_fx.devices.cuda.kernels.rows import Places, gather
+
+__all__ = ["Tiles", "describable", "down", "gate_up", "grad_table", "plain"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a matmul is cut: rows, columns and depth of a tile, row tiles that share columns, warps,
+    stages in flight. described: matrices are fetched by descriptors (TMA, from Hopper on), of
+    `gate_up` those of experts only. gathered: the tokens are gathered beforehand, and fetched by
+    descriptors too."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+    described: bool = False
+    gathered: bool = False
+
+
+@triton.jit
+def _tile(ends, at, E, BE: tl.constexpr, BM: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of row tile ``at``; expert >= E: there is
+    none."""
+    experts = tl.arange(0, BE)
+    real = experts < E
+    end = tl.load(ends + experts, mask=real, other=0)
+    begin = tl.load(ends + experts - 1, mask=real & (experts > 0), other=0)
+    tiles = tl.where(real, (end - begin + BM - 1) // BM, 0)
+    upto = tl.cumsum(tiles, 0)
+    expert = tl.sum((upto <= at).to(tl.int32), 0)
+    its = experts == expert
+    first = tl.sum(tl.where(its, upto - tiles, 0), 0)
+    row = tl.sum(tl.where(its, begin, 0), 0) + (at - first) * BM
+    return expert, row, tl.sum(tl.where(its, end, 0), 0)
+
+
+@triton.jit
+def _program(N, BN: tl.constexpr, G: tl.constexpr):
+    """(row tile, column tile): G row tiles go through all columns together."""
+    at = tl.program_id(0)
+    columns = tl.cdiv(N, BN)
+    rows = tl.num_programs(0) // columns
+    group = at // (G * columns)
+    size = tl.minimum(rows - group * G, G)
+    within = at % (G * columns)
+    return group * G + within % size, within // size
+
+
+@triton.jit
+def _matrix(
+    w,
+    expert,
+    n,
+    k,
+    N,
+    K,
+    se,
+    sn,
+    sk,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    K_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """``[BK, BN]`` of the expert's matrix."""
+    if DESCRIBED:
+        if K_LAST:
+            matrix = tl.trans(tl.reshape(w.load([expert, n, k]), (BN, BK)))
+        else:
+            matrix = tl.reshape(w.load([expert, k, n]), (BK, BN))
+    else:
+        columns = n + tl.arange(0, BN)
+        depth = k + tl.arange(0, BK)
+        at = w + expert.to(tl.int64) * se + depth[:, None] * sk + columns[None, :].to(tl.int64) * sn
+        if EVEN:
+            matrix = tl.load(at)
+        else:
+            matrix = tl.load(at, mask=(depth < K)[:, None] & (columns < N)[None, :], other=0.0)
+    return matrix
+
+
+@triton.jit
+def _gate_up(
+    x, order, ends, gate, up, gate_bias, up_bias, out, columns_out,
+    E, N, K, sx, se, sn, sk, sbe, sbn,
+    GATHERS: tl.constexpr, FETCHES: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr, OG: tl.constexpr,
+    OU: tl.constexpr, SC: tl.constexpr,
+    ACT: tl.constexpr, alpha: tl.constexpr, LIMITED: tl.constexpr, limit: tl.constexpr,
+    shift: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _program(N, BN, G)
+    expert, first, end = _tile(ends, row_tile, E, BE, BM)
+    if expert >= E:
+        return
+    rows = first + tl.arange(0, BM)
+    real = rows < end
+    if GATHERS:
+        token = (tl.load(order + rows, mask=real, other=0) // TOP_K).to(tl.int64)
+    else:
+        token = rows.to(tl.int64)
+    n = column_tile * BN
+    columns = n + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    g = tl.zeros((BM, BN), tl.float32)
+    u = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if FETCHES:
+            a = x.load([first, k])
+        else:
+            at = x + token[:, None] * sx + (k + depth)[None, :]
+            if EVEN:
+                a = tl.load(at, mask=real[:, None], other=0.0)
+            else:
+                a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
+        b = _matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+        g = tl.dot(a, b, g, input_precision=PRECISION)
+        if GATED:
+            b = _matrix(up, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+            u = tl.dot(a, b, u, input_precision=PRECISION)
+    if BIASED:
+        place = expert * sbe + columns * sbn
+        g += tl.load(gate_bias + place, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            u += tl.load(up_bias + place, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    kept = real[:, None] & (columns < N)[None, :]
+    if KEPT:
+        dtype = columns_out.dtype.element_ty
+        at = columns_out + rows[:, None].to(tl.int64) * SC + columns[None, :] * STEP + OG
+        tl.store(at, g.to(dtype), mask=kept)
+        if GATED:
+            at = columns_out + rows[:, None].to(tl.int64) * SC + columns[None, :] * STEP + OU
+            tl.store(at, u.to(dtype), mask=kept)
+    h = activated(g, u, GATED, ACT, alpha, LIMITED, limit, shift)
+    tl.store(
+        out + rows[:, None].to(tl.int64) * N + columns[None, :],
+        h.to(out.dtype.element_ty),
+        mask=kept,
+    )
+
+
+@triton.jit
+def _down(
+    h, order, ends, weights, table, bias, out,
+    E, N, K, S, se, sn, sk, sbe,
+    BE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, DESCRIBED: tl.constexpr,
+    K_LAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _program(N, BN, G)
+    expert, first, end = _tile(ends, row_tile, E, BE, BM)
+    if expert >= E:
+        return
+    rows = first + tl.arange(0, BM)
+    real = rows < end
+    pair = tl.load(order + rows, mask=real, other=0)
+    n = column_tile * BN
+    columns = n + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if DESCRIBED:
+            a = h.load([first, k])
+        else:
+            at = h + rows[:, None].to(tl.int64) * K + k + depth[None, :]
+            if EVEN:
+                a = tl.load(at, mask=real[:, None], other=0.0)
+            else:
+                a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
+        b = _matrix(table, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    if BIASED:
+        added = tl.load(bias + expert * sbe + columns, mask=columns < N, other=0.0)
+        total += added.to(tl.float32)[None, :]
+    if WEIGHTED:
+        weight = tl.load(weights + pair, mask=real, other=0.0).to(tl.float32)
+        total = total * weight[:, None]
+    at = out + pair[:, None].to(tl.int64) * N + columns[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=real[:, None] & (columns < N)[None, :])
+
+
+def describable(*tables: Tensor | None) -> bool:
+    """Whether TMA takes them: one unit stride among the last two, others of 16 bytes."""
+    for table in tables:
+        if table is None:
+            continue
+        if 1 not in table.stride()[1:] or table.data_ptr() % 16:
+            return False
+        others = [s for s in table.stride() if s != 1]
+        if any(s * table.element_size() % 16 for s in others):
+            return False
+    return True
+
+
+def _described(table: Tensor, tiles: Tiles, k_last: bool) -> TensorDescriptor:
+    """Of ``[E, K, N]``."""
+    if k_last:
+        table = table.transpose(1, 2)
+    block = [1, tiles.columns, tiles.depth] if k_last else [1, tiles.depth, tiles.columns]
+    return TensorDescriptor(table, list(table.shape), list(table.stride()), block)
+
+
+def _fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
+    """Of ``[S, K]``. A tile may reach into the next expert's rows: what comes of those is not
+    stored."""
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tiles.rows, tiles.depth])
+
+
+def _grid(pairs: int, experts: int, columns: int, tiles: Tiles) -> tuple[int]:
+    row_tiles = triton.cdiv(pairs, tiles.rows) + min(experts, pairs)
+    return (row_tiles * triton.cdiv(columns, tiles.columns),)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _shared(tiles: Tiles, inner: int, outer: int, table: Tensor) -> dict[str, Any]:
+    return {
+        "DESCRIBED": tiles.described,
+        "K_LAST": table.stride(1) == 1,
+        "EVEN": inner % tiles.depth == 0 and outer % tiles.columns == 0,
+        "PRECISION": _precision(table.dtype),
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BK": tiles.depth,
+        "G": tiles.group,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def gate_up(
+    tokens: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    top_k: int,
+    body: tuple[str, float, float | None, float],
+    tiles: Tiles,
+    places: Places,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """``[S, I]`` activations of rows sorted by expert.
+
+    gate, up: ``[E, H, I]`` of the same strides; biases ``[E, I]`` the same. body: act, alpha, limit
+    and shift. columns ``[S, N]``: gets what comes before the activation, where ``places`` says.
+    """
+    experts, depth, outer = gate.shape
+    pairs = order.numel()
+    out = torch.empty((pairs, outer), dtype=tokens.dtype, device=tokens.device)
+    shared = _shared(tiles, depth, outer, gate)
+    second = gate if up is None else up
+    tables: list[Any] = [gate, second]
+    if tiles.described:
+        tables = [_described(each, tiles, shared["K_LAST"]) for each in tables]
+    read: Any = tokens
+    if tiles.gathered:
+        rows = gather(tokens, order, ends, top_k)
+        read = _fetched(rows, tiles)
+    act, alpha, limit, shift = body
+    bias_strides = gate_bias.stride() if gate_bias is not None else (0, 0)
+    _gate_up[_grid(pairs, experts, outer, tiles)](
+        read, order, ends, *tables, gate_bias, up_bias, out, columns,
+        experts, outer, depth, tokens.stride(0), gate.stride(0), gate.stride(2), gate.stride(1),
+        *bias_strides,
+        GATHERS=not tiles.gathered, FETCHES=tiles.gathered,
+        TOP_K=top_k, BE=triton.next_power_of_2(experts), GATED=up is not None,
+        BIASED=gate_bias is not None, KEPT=columns is not None, STEP=places.step,
+        OG=places.gate, OU=places.up, SC=columns.shape[1] if columns is not None else 0,
+        ACT=act, alpha=alpha, LIMITED=limit is not None, limit=limit or 0.0, shift=shift, **shared,
+    )  # fmt: skip
+    return out
+
+
+def down(
+    h: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    weights: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    tiles: Tiles,
+) -> Tensor:
+    """``[S, H]``: pair ``i``'s result at row ``i``, times its weight. Rows of pairs that are no
+    expert's are not written. table ``[E, I, H]``; bias ``[E, H]``."""
+    experts, depth, outer = table.shape
+    pairs = order.numel()
+    out = torch.empty((pairs, outer), dtype=h.dtype, device=h.device)
+    shared = _shared(tiles, depth, outer, table)
+    rows: Any = h
+    matrices: Any = table
+    if tiles.described:
+        rows = _fetched(h, tiles)
+        matrices = _described(table, tiles, shared["K_LAST"])
+    _down[_grid(pairs, experts, outer, tiles)](
+        rows, order, ends, weights, matrices, bias, out,
+        experts, outer, depth, pairs, table.stride(0), table.stride(2), table.stride(1),
+        bias.stride(0) if bias is not None else 0,
+        BE=triton.next_power_of_2(experts), WEIGHTED=weights is not None, BIASED=bias is not None,
+        **shared,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _grad_table(
+    left, right, ends, out, K, N, sl, sr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    columns = tl.cdiv(N, BN)
+    k = tl.program_id(0) // columns * BM + tl.arange(0, BM)
+    n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    end = tl.load(ends + expert)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(begin, end, BK):
+        row = start + tl.arange(0, BK)
+        real = row < end
+        at = row.to(tl.int64)
+        a = tl.load(left + at[None, :] * sl + k[:, None], mask=real[None, :] & (k < K)[:, None],
+                    other=0.0)  # fmt: skip
+        b = tl.load(right + at[:, None] * sr + n[None, :], mask=real[:, None] & (n < N)[None, :],
+                    other=0.0)  # fmt: skip
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    at = out + expert.to(tl.int64) * K * N + k[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(k < K)[:, None] & (n < N)[None, :])
+
+
+_PLAIN = Tiles(64, 64, 32, 4, 4, 3)
+
+
+def plain(rows: Tensor, table: Tensor, ends: Tensor) -> Tensor:
+    """``[S, N]``: rows sorted by expert times their expert's matrix of ``[E, K, N]``."""
+    experts, depth, outer = table.shape
+    out = torch.empty((rows.shape[0], outer), dtype=rows.dtype, device=rows.device)
+    _gate_up[_grid(rows.shape[0], experts, outer, _PLAIN)](
+        rows, ends, ends, table, table, None, None, out, None,
+        experts, outer, depth, rows.stride(0), table.stride(0), table.stride(2), table.stride(1),
+        0, 0, GATHERS=False, FETCHES=False, TOP_K=1, BE=triton.next_power_of_2(experts),
+        GATED=False, BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0, ACT="none", alpha=1.0, LIMITED=False,
+        limit=0.0, shift=0.0, **_shared(_PLAIN, depth, outer, table),
+    )  # fmt: skip
+    return out
+
+
+def grad_table(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``[E, K, N]``: each expert's rows of ``left [S, K]``, transposed, times those of ``right
+    [S, N]``."""
+    experts, depth, outer = len(ends), left.shape[1], right.shape[1]
+    out = torch.empty((experts, depth, outer), dtype=left.dtype, device=left.device)
+    grid = (triton.cdiv(depth, 64) * triton.cdiv(outer, 64), experts)
+    _grad_table[grid](
+        left, right, ends, out, depth, outer, left.stride(0), right.stride(0),
+        PRECISION=_precision(left.dtype), BM=64, BN=64, BK=32,
+    )  # fmt: skip
+    return out
