@@ -14,6 +14,8 @@ from moe_fx.compat import autocast_off
 NAMESPACE = "moe_fx"
 _LIBRARY = Library(NAMESPACE, "DEF")
 _DEVICE_KEYS = ("CPU", "CUDA", "PrivateUse1")
+_own: dict[tuple[str, str], Callable[..., Any]] = {}
+"""Kernels that devices bring, by op and dispatch key."""
 
 
 def define(
@@ -28,7 +30,8 @@ def define(
     """Register ``moe_fx::<schema>``.
 
     ``kernel`` is written in ATen calls and so serves CPU, CUDA and out-of-tree devices alike;
-    an op with a device-specific implementation gets it from the lowering pass instead. It computes
+    an op with a device-specific implementation gets it from the lowering pass instead, or by
+    `bring`. It computes
     in the dtypes of its arguments, whatever the caller's autocast (backward passes run under it).
     ``any_layout``: Inductor may pass tensors of any strides, and so need not copy them.
     """
@@ -37,10 +40,23 @@ def define(
     _LIBRARY.define(schema, tags=(*tags, torch.Tag.flexible_layout) if any_layout else tags)
     qualname = f"{NAMESPACE}::{name}"
     for key in _DEVICE_KEYS:
-        impl(qualname, key, _without_autocast(kernel), lib=_LIBRARY)
+        impl(qualname, key, _without_autocast(_chosen(name, key, kernel)), lib=_LIBRARY)
     register_fake(qualname, fake, lib=_LIBRARY)
     if backward is not None:
         register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def bring(op: str, key: str, kernel: Callable[..., Any]) -> None:
+    """From now on ``kernel`` is what ``moe_fx::<op>`` runs on devices of that dispatch key."""
+    _own[op, key] = kernel
+
+
+def _chosen(name: str, key: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return _own.get((name, key), kernel)(*args, **kwargs)
+
+    return run
 
 
 def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -181,6 +181,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+_TOKENS, _WEIGHTS, _GATE_UP, _UP, _DOWN, _GATE_UP_BIAS = range(6)
+"""Which gradient is where; those of up's and down's biases follow."""
+
+
 def _fused_experts(*args: Any) -> Tensor:
     return _fused_experts_training(*args)[0]
 
@@ -205,56 +209,52 @@ def _fused_experts_backward(
     limit: float | None,
     shift: float,
     dtype: torch.dtype,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens, weights, gate_up, up, down and the three biases; empty where there is
-    no such input."""
+    no such input, or its gradient is not ``needed`` (as many, in this order)."""
     body = Body(layout, act, alpha, limit, shift)
     token = order // ids.shape[1]
     mul, grad_of = torch.ops.moe_fx.grouped_mm, torch.ops.moe_fx.grouped_mm_grad_weight
-    none = grad.new_empty(0)
+    made = [grad.new_empty(0) for _ in needed]
     grads = grad.to(columns.dtype).index_select(0, token)
     grads[int(ends[-1]) :] = 0
     back = mul(grads, down.transpose(1, 2), ends, 1.0)
     factor = None if weights is None else weights.reshape(-1, 1).index_select(0, order)
     weighed = back if factor is None else (back * factor).to(back.dtype)
     activated, grad_columns = body.backward(columns, weighed)
-    grad_weights = none
-    if weights is not None and factor is not None:
+    if weights is not None and needed[_WEIGHTS]:
         wide = _wide(back.dtype)
         products = (back.to(wide) * activated.to(wide)).sum(-1)
         if down_bias is not None:
             products = products + (grads.to(wide) * _of_rows(down_bias, ends, order)).sum(-1)
         products[int(ends[-1]) :] = 0
-        grad_weights = weights.new_empty(weights.shape)
-        grad_weights.view(-1)[order.long()] = products.to(weights.dtype)
+        made[_WEIGHTS] = weights.new_empty(weights.shape)
+        made[_WEIGHTS].view(-1)[order.long()] = products.to(weights.dtype)
     scaled = grads if factor is None else (grads * factor).to(grads.dtype)
-    grad_down = _like(grad_of(activated, scaled, ends), down)
+    if needed[_DOWN]:
+        made[_DOWN] = _like(grad_of(activated, scaled, ends), down)
     rows = tokens.index_select(0, token)
     halves = [grad_columns] if up is None else list(grad_columns.chunk(2, -1))
     tables = [gate_up] if up is None else [gate_up, up]
-    grad_rows = sum(
-        mul(half.contiguous(), table.transpose(1, 2), ends, 1.0)
-        for half, table in zip(halves, tables, strict=True)
-    )
-    assert isinstance(grad_rows, Tensor)
-    grad_tokens = tokens.new_zeros(tokens.shape, dtype=_wide(tokens.dtype))
-    grad_tokens.index_add_(0, token, grad_rows.to(grad_tokens.dtype))
-    grad_tables = [
-        _like(grad_of(rows, half.contiguous(), ends), table)
-        for half, table in zip(halves, tables, strict=True)
-    ]
-    grad_biases = [
-        none if bias is None else _summed(half, ends).to(bias.dtype)
-        for half, bias in ((halves[0], gate_up_bias), (halves[-1], up_bias), (scaled, down_bias))
-    ]
-    return (
-        grad_tokens.to(tokens.dtype),
-        grad_weights,
-        grad_tables[0],
-        none if up is None else grad_tables[1],
-        grad_down,
-        *grad_biases,  # type: ignore[return-value]
-    )
+    if needed[_TOKENS]:
+        grad_rows = sum(
+            mul(half.contiguous(), table.transpose(1, 2), ends, 1.0)
+            for half, table in zip(halves, tables, strict=True)
+        )
+        assert isinstance(grad_rows, Tensor)
+        total = tokens.new_zeros(tokens.shape, dtype=_wide(tokens.dtype))
+        made[_TOKENS] = total.index_add_(0, token, grad_rows.to(total.dtype)).to(tokens.dtype)
+    for at, half, table in zip((_GATE_UP, _UP), halves, tables, strict=False):
+        if needed[at]:
+            made[at] = _like(grad_of(rows, half.contiguous(), ends), table)
+    biases = (gate_up_bias, up_bias, down_bias)
+    for at, (bias, summed) in enumerate(
+        zip(biases, (halves[0], halves[-1], scaled), strict=True), _GATE_UP_BIAS
+    ):
+        if bias is not None and needed[at]:
+            made[at] = _summed(summed, ends).to(bias.dtype)
+    return tuple(made)  # type: ignore[return-value]
 
 
 def _like(grad: Tensor, table: Tensor) -> Tensor:
@@ -300,13 +300,11 @@ def _fused_experts_training_fake(
 def _fused_experts_backward_fake(
     grad: Tensor, columns: Tensor, order: Tensor, ends: Tensor, tokens: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    def like(given: Tensor | None) -> Tensor:
-        return grad.new_empty(0) if given is None else torch.empty_like(given)
-
-    _ids, weights, gate_up, up, down, *biases = args[:8]
-    return (
-        tokens.new_empty(tokens.shape),
-        *(like(given) for given in (weights, gate_up, up, down, *biases)),
+    _ids, *given = args[:8]
+    needed = args[-1]
+    return tuple(
+        torch.empty_like(each) if each is not None and need else grad.new_empty(0)
+        for each, need in zip((tokens, *given), needed, strict=True)
     )
 
 
@@ -321,15 +319,12 @@ def _training_backward(ctx: Any, grad: Tensor, *_others: Any) -> tuple[Any, ...]
     columns, order, ends, *tensors = ctx.saved_tensors
     rest = iter(tensors)
     inputs = [next(rest) if given else None for given in ctx.given]
+    needed = [need for at, need in enumerate(ctx.needs_input_grad[:9]) if at != 1]
     grads = torch.ops.moe_fx.fused_experts_backward(
-        grad.contiguous(), columns, order, ends, *inputs, *ctx.body
+        grad.contiguous(), columns, order, ends, *inputs, *ctx.body, needed
     )
-    at = iter(grads)
-    of = [None if index == 1 else next(at) for index in range(9)]
-    return (
-        *(g if given else None for g, given in zip(of, ctx.given, strict=True)),
-        *[None] * len(ctx.body),
-    )
+    made = [each if need else None for each, need in zip(grads, needed, strict=True)]
+    return made[0], None, *made[1:], *[None] * len(ctx.body)
 
 
 _ARGUMENTS = (
@@ -348,8 +343,8 @@ define(
 )
 define(
     "fused_experts_backward(Tensor grad, Tensor columns, Tensor order, Tensor ends, "
-    f"{_ARGUMENTS}) -> (Tensor tokens, Tensor weights, Tensor gate_up, Tensor up, Tensor down, "
-    "Tensor gate_up_bias, Tensor up_bias, Tensor down_bias)",
+    f"{_ARGUMENTS}, bool[] needed) -> (Tensor tokens, Tensor weights, Tensor gate_up, Tensor up, "
+    "Tensor down, Tensor gate_up_bias, Tensor up_bias, Tensor down_bias)",
     _fused_experts_backward,
     _fused_experts_backward_fake,
 )

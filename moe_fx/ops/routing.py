@@ -65,7 +65,7 @@ def gating_top_k(
     return weights * scale, ids
 
 
-def _gating_top_k(
+def gating_top_k_in_aten(
     logits: Tensor,
     k: int,
     score: str,
@@ -296,7 +296,7 @@ define_composite(
 define(
     "gating_top_k(Tensor logits, int k, str score, Tensor? select_bias, int num_groups, "
     "int topk_group, str group_score, float eps, float scale) -> (Tensor weights, Tensor ids)",
-    _gating_top_k,
+    gating_top_k_in_aten,
     _gating_top_k_fake,
 )
 define("expert_counts(Tensor ids, int num_experts) -> Tensor", _expert_counts, _expert_counts_fake)

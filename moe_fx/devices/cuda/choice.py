@@ -28,9 +28,10 @@ import triton
 from torch import Tensor
 
 from moe_fx.devices.cuda.kernels.gemm import Tiles
+from moe_fx.devices.cuda.layer import Shape
 from moe_fx.sources import SOURCES
 
-__all__ = ["GROUPED", "Shape", "Way", "candidates", "default", "way"]
+__all__ = ["GROUPED", "Way", "candidates", "default", "way"]
 
 log = logging.getLogger("moe_fx")
 
@@ -40,26 +41,6 @@ _SECONDS = 0.03
 """For one way to run one matmul, at most, once it is compiled."""
 _MOST = 9
 """Times that it is run."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer, as far as speed depends on it. k_last: gate and up, down are stored with the summed
-    dimension last. described: TMA takes the tables. grouped: torch's grouped matmul takes them."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
-    layout: str
-    dtype: str
-    k_last: tuple[bool, bool]
-    described: bool
-    grouped: bool
-
-    @property
-    def gated(self) -> bool:
-        return self.layout != "single"
 
 
 @dataclass(frozen=True)
@@ -161,57 +142,109 @@ def default(shape: Shape, tokens: int) -> Way:
 
 def candidates(shape: Shape, tokens: int) -> tuple[list[Tiles | str], list[Tiles | str]]:
     """Ways for gate and up, and for down, the one that was mostly the fastest first."""
-    rows = tokens * shape.top_k / shape.experts
-    ups = [each for each in _tiles(rows, shape.gated) if _divides(each, shape.hidden)]
-    downs = [each for each in _tiles(rows, False) if _divides(each, shape.inner)]
-    grouped: list[Tiles | str] = [GROUPED] if shape.grouped else []
-    ups, downs = (_described(each, shape) for each in (ups, downs))
-    if rows >= _MANY_ROWS:
-        return [*grouped, *ups], [*grouped, *downs]
-    if rows >= _SOME_ROWS:
-        return [*ups, *grouped], [*downs, *grouped]
-    return list(ups), list(downs)
+    per_expert = tokens * shape.top_k / shape.experts
+    ups, downs = next(both for most, *both in _TILES if per_expert <= most)
+    grouped: list[Tiles | str] = [GROUPED] if shape.grouped and per_expert > _FEW_ROWS else []
+    return (
+        [*_fitting(ups, shape, 2 if shape.gated else 1, shape.hidden), *grouped],
+        [*_fitting(downs, shape, 1, shape.inner), *grouped],
+    )
 
 
-_SOME_ROWS = 24
-_MANY_ROWS = 512
-
-
-def _divides(tiles: Tiles, depth: int) -> bool:
-    return depth % tiles.depth == 0 or tiles.depth <= 64
-
-
-def _described(tiles: list[Tiles], shape: Shape) -> list[Tiles]:
-    return [each for each in tiles if not each.described or shape.described]
-
-
-def _tiles(rows: float, gated: bool) -> list[Tiles]:
-    if rows <= _SOME_ROWS:
-        return [
-            Tiles(16, 64, 128, 1, 4, 4),
-            Tiles(16, 128, 128, 1, 4, 3),
+_FEW_ROWS = 96
+"""Of an expert, up to which torch's grouped matmul was never the fastest (H200)."""
+_SMALL = Tiles(32, 32, 32, 8, 4, 2)
+"""Takes any layer."""
+_TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
+    (
+        8,
+        [
+            Tiles(16, 128, 128, 1, 4, 3, described=True),
+            Tiles(16, 64, 256, 1, 4, 3),
+            Tiles(16, 32, 256, 1, 4, 3),
+            Tiles(16, 64, 128, 1, 2, 4),
             Tiles(16, 64, 64, 1, 4, 5),
-            Tiles(16, 32, 128, 1, 4, 5),
-            Tiles(32, 64, 128, 1, 4, 4),
-            Tiles(16, 64, 64, 1, 4, 4),
-        ]
-    if rows <= 96:
-        return [
-            Tiles(32, 64, 128, 1, 4, 4),
-            Tiles(64, 128, 64, 1, 4, 4),
-            Tiles(64, 64, 128, 1, 4, 3),
-            Tiles(16, 64, 128, 1, 4, 4),
+        ],
+        [
+            Tiles(16, 64, 128, 1, 2, 4),
+            Tiles(16, 128, 128, 1, 4, 3),
+            Tiles(16, 64, 256, 1, 4, 2),
+            Tiles(16, 64, 64, 1, 4, 5),
+        ],
+    ),
+    (
+        32,
+        [
+            Tiles(32, 64, 128, 1, 4, 3),
+            Tiles(32, 128, 128, 1, 4, 3),
+            Tiles(64, 128, 64, 1, 4, 4, described=True),
+            Tiles(32, 128, 64, 1, 4, 5),
+            Tiles(16, 128, 128, 1, 4, 3),
+        ],
+        [
+            Tiles(32, 128, 128, 1, 4, 3),
+            Tiles(32, 64, 128, 1, 4, 3),
+            Tiles(64, 128, 64, 1, 4, 4, described=True),
+            Tiles(32, 128, 64, 1, 4, 5),
+        ],
+    ),
+    (
+        96,
+        [
+            Tiles(128, 128, 64, 1, 8, 4, described=True),
+            Tiles(128, 128, 64, 8, 8, 4),
+            Tiles(64, 128, 64, 8, 4, 4, described=True),
             Tiles(64, 64, 64, 1, 4, 4),
-        ]
-    wide = 128 if gated else 256
-    return [
-        Tiles(128, 128, 64, 8, 8, 3),
-        Tiles(128, wide, 64, 8, 8, 3, described=True),
-        Tiles(128, 128, 64, 8, 8, 4, described=True),
-        Tiles(64, 128, 64, 8, 4, 4, described=True),
-        Tiles(64, 128, 64, 8, 4, 4),
-        Tiles(128, 64, 64, 8, 4, 4),
+        ],
+        [
+            Tiles(128, 128, 64, 8, 4, 3, described=True),
+            Tiles(128, 256, 64, 8, 8, 4, described=True),
+            Tiles(64, 128, 64, 8, 4, 4, described=True),
+            Tiles(64, 128, 64, 1, 4, 4),
+        ],
+    ),
+    (
+        float("inf"),
+        [
+            Tiles(128, 128, 64, 1, 8, 4, described=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True),
+            Tiles(128, 128, 64, 16, 8, 3, described=True, gathered=True),
+            Tiles(128, 128, 64, 8, 8, 4, described=True, gathered=True),
+            Tiles(128, 128, 64, 8, 8, 3),
+        ],
+        [
+            Tiles(128, 256, 64, 8, 8, 4, described=True),
+            Tiles(128, 128, 64, 8, 4, 3, described=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True),
+            Tiles(256, 128, 64, 8, 8, 3, described=True),
+            Tiles(128, 128, 64, 8, 8, 3),
+        ],
+    ),
+]
+"""For up to so many rows of an expert: ways for gate and up, and for down, as measured on an H200
+for the shapes of Qwen3-30B-A3B, Mixtral 8x7B and an eighth of DeepSeek-V3."""
+
+
+def _fitting(tiles: list[Tiles], shape: Shape, matrices: int, depth: int) -> list[Tiles | str]:
+    """Those that the layer and the GPU take, `_SMALL` if there are none."""
+    size = getattr(torch, shape.dtype).itemsize
+    found: list[Tiles | str] = [
+        each
+        for each in tiles
+        if (shape.described or not each.described)
+        and (depth % each.depth == 0 or each.depth <= _PADDED)
+        and _shared_memory(each, matrices, size) <= shape.shared_memory
     ]
+    return found or [_SMALL]
+
+
+_PADDED = 64
+"""The deepest tile of which a part may be empty."""
+
+
+def _shared_memory(tiles: Tiles, matrices: int, size: int) -> int:
+    """Bytes in flight: of rows, and of so many matrices."""
+    return (tiles.rows + matrices * tiles.columns) * tiles.depth * size * tiles.stages
 
 
 def _file(device: torch.device) -> Path:

@@ -7,20 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_fx.devices.cuda.ops import HAS_TRITON
 from moe_fx.devices.plain import Plain
 from moe_fx.options import Options
 
 
 def is_for_cuda(options: Options, inputs: Sequence[Any]) -> bool:
-    """Whether the inputs are on a GPU, or graphs with them are fused as if they were."""
-    return options.lower == "cuda" or (options.lower == "auto" and _on_cuda(inputs))
+    """Whether the inputs are on a GPU that Triton compiles for, or graphs with them are fused as
+    if they were."""
+    return options.lower == "cuda" or (options.lower == "auto" and HAS_TRITON and _on_cuda(inputs))
 
 
 class Cuda(Plain):
     @classmethod
-    def of(cls, options: Options, inputs: Sequence[Any]) -> Cuda:
-        fuses_routers = options.lower == "cuda" or _on_cuda(inputs)
-        return cls(fuses_experts=True, fuses_routers=fuses_routers)
+    def of(cls) -> Cuda:
+        return cls(fuses_experts=True, fuses_routers=True)
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import moe_fx  # noqa: F401  (registers the ops)
 from moe_fx.ops.fused import ACTS, LAYOUTS
-from tests.ops.test_fused import layer
+from tests.ops.test_fused_experts import layer
 
 ops = torch.ops.moe_fx
 Case = tuple[str, Callable[[str], Iterator[tuple[str, Tensor, Tensor]]]]
@@ -90,8 +90,9 @@ def ways(gpu: Any, arguments: list[Any]) -> Iterator[tuple[str, Any]]:
     """Every kernel that takes the layer."""
     from moe_fx.devices.cuda.choice import GROUPED, Way
     from moe_fx.devices.cuda.kernels.gemm import Tiles
+    from moe_fx.devices.cuda.layer import Layer
 
-    shape = gpu.Layer(*arguments).shape
+    shape = Layer(*arguments).shape
     tiles = [Tiles(16, 16, 16, 1, 4, 2), Tiles(32, 64, 32, 4, 4, 2)]
     if shape.described:
         tiles.append(Tiles(64, 32, 32, 8, 4, 2, described=True))
@@ -102,6 +103,7 @@ def ways(gpu: Any, arguments: list[Any]) -> Iterator[tuple[str, Any]]:
 
 def training(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     from moe_fx.devices.cuda import experts as gpu
+    from moe_fx.devices.cuda.backward import backward as gradients
 
     for at, given in enumerate(shapes()):
         dtype = [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16][at % 2]
@@ -109,24 +111,15 @@ def training(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
         whole = wide(arguments)
         grad = torch.randn(len(whole[0]), whole[5].shape[2], dtype=torch.float64)
         expected = ops.fused_experts_training(*whole)
-        backward = ops.fused_experts_backward(grad, *expected[1:], *whole)
+        needed = [each is not None for at, each in enumerate(whole[:9]) if at != 1]
+        backward = ops.fused_experts_backward(grad, *expected[1:], *whole, needed)
         here = to(device, arguments)
         for name, way in ways(gpu, here):
             with poisoned(), mock.patch.object(gpu, "_way", way):
                 out, columns, order, ends = gpu.forward_training(*here)
-                grads = gpu.backward(grad.to(device, dtype), columns, order, ends, *here)
+                grads = gradients(grad.to(device, dtype), columns, order, ends, *here, needed)
             yield f"{given} {dtype} {name} result", out, expected[0]
-            names = [
-                "tokens",
-                "weights",
-                "gate_up",
-                "up",
-                "down",
-                "gate_up_bias",
-                "up_bias",
-                "down_bias",
-            ]
-            for which, made, right in zip(names, grads, backward, strict=True):
+            for which, made, right in zip(GRADIENTS, grads, backward, strict=True):
                 yield f"{given} {dtype} {name} gradient of {which}", made, right
             for made, table in ((grads[2], here[3]), (grads[4], here[5])):
                 assert made.stride() == table.stride(), given

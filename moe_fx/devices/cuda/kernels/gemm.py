@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_fx.devices.cuda.kernels.activation import activated
 from moe_fx.devices.cuda.kernels.rows import Places, gather
 
-__all__ = ["Tiles", "describable", "down", "gate_up", "grad_table", "plain"]
+__all__ = ["Tiles", "down", "gate_up", "grad_table", "plain"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def _gate_up(
     x, order, ends, gate, up, gate_bias, up_bias, out, columns_out,
     E, N, K, sx, se, sn, sk, sbe, sbn,
     GATHERS: tl.constexpr, FETCHES: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr, OG: tl.constexpr,
-    OU: tl.constexpr, SC: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
+    OG: tl.constexpr, OU: tl.constexpr, SC: tl.constexpr,
     ACT: tl.constexpr, alpha: tl.constexpr, LIMITED: tl.constexpr, limit: tl.constexpr,
     shift: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -205,19 +205,6 @@ def _down(
         total = total * weight[:, None]
     at = out + pair[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=real[:, None] & (columns < N)[None, :])
-
-
-def describable(*tables: Tensor | None) -> bool:
-    """Whether TMA takes them: one unit stride among the last two, others of 16 bytes."""
-    for table in tables:
-        if table is None:
-            continue
-        if 1 not in table.stride()[1:] or table.data_ptr() % 16:
-            return False
-        others = [s for s in table.stride() if s != 1]
-        if any(s * table.element_size() % 16 for s in others):
-            return False
-    return True
 
 
 def _described(table: Tensor, tiles: Tiles, k_last: bool) -> TensorDescriptor:
@@ -370,8 +357,9 @@ def plain(rows: Tensor, table: Tensor, ends: Tensor) -> Tensor:
         rows, ends, ends, table, table, None, None, out, None,
         experts, outer, depth, rows.stride(0), table.stride(0), table.stride(2), table.stride(1),
         0, 0, GATHERS=False, FETCHES=False, TOP_K=1, BE=triton.next_power_of_2(experts),
-        GATED=False, BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0, ACT="none", alpha=1.0, LIMITED=False,
-        limit=0.0, shift=0.0, **_shared(_PLAIN, depth, outer, table),
+        GATED=False, BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0,
+        ACT="none", alpha=1.0, LIMITED=False, limit=0.0, shift=0.0,
+        **_shared(_PLAIN, depth, outer, table),
     )  # fmt: skip
     return out
 

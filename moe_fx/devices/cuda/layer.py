@@ -1,0 +1,184 @@
+"""The arguments of ``fused_experts`` on a GPU, and what of them speed depends on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moe_fx.devices.cuda.kernels.rows import Places
+from moe_fx.ops.fused import split_columns
+
+__all__ = ["Layer", "Shape", "can_group"]
+
+_GROUPED_ON = ((9, 0), (10, 0))
+"""Compute capabilities where torch's grouped matmul (2.11 to 2.14) does not wait for the GPU:
+Hopper and the Blackwells of servers."""
+_DESCRIBED_FROM = (9, 0)
+_INTERPRETED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer, as far as speed depends on it. k_last: gate and up, down are stored with the summed
+    dimension last. described: TMA takes the tables. grouped: torch's grouped matmul takes them.
+    shared_memory: bytes that a program may have."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    layout: str
+    dtype: str
+    k_last: tuple[bool, bool]
+    described: bool
+    grouped: bool
+    shared_memory: int
+
+    @property
+    def gated(self) -> bool:
+        return self.layout != "single"
+
+
+@dataclass
+class Layer:
+    """The op's arguments, in its schema's order."""
+
+    tokens: Tensor
+    ids: Tensor
+    weights: Tensor | None
+    gate_up: Tensor
+    up: Tensor | None
+    down: Tensor
+    gate_up_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    layout: str
+    act: str
+    alpha: float
+    limit: float | None
+    shift: float
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.tokens.stride(-1) != 1:
+            self.tokens = self.tokens.contiguous()
+        if self.weights is not None:
+            self.weights = self.weights.contiguous()
+        if self.down_bias is not None:
+            self.down_bias = self.down_bias.contiguous()
+
+    @property
+    def top_k(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def experts(self) -> int:
+        return self.gate_up.shape[0]
+
+    @property
+    def body(self) -> tuple[str, float, float | None, float]:
+        return self.act, self.alpha, self.limit, self.shift
+
+    @cached_property
+    def places(self) -> Places:
+        return Places.of(self.layout, self.down.shape[1])
+
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor | None]:
+        """Gate's and up's tables ``[E, H, I]``."""
+        if self.up is not None:
+            return self.gate_up, self.up
+        return split_columns(self.gate_up, self.layout)
+
+    @cached_property
+    def bias_halves(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.up is not None or self.gate_up_bias is None:
+            return self.gate_up_bias, self.up_bias
+        return split_columns(self.gate_up_bias, self.layout)
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        return (
+            *(self.tokens, self.weights, self.gate_up, self.up, self.down),
+            *(self.gate_up_bias, self.up_bias, self.down_bias),
+        )
+
+    @property
+    def shape(self) -> Shape:
+        tables = [each for each in (self.gate_up, self.up, self.down) if each is not None]
+        aligned = all(
+            each.data_ptr() % 16 == 0 for each in (*tables, *self.halves) if each is not None
+        )
+        return _shape(
+            self.top_k,
+            self.layout,
+            self.tokens.dtype,
+            self.tokens.device,
+            aligned,
+            *((each.shape, each.stride()) for each in tables),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _shape(
+    top_k: int,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+    *tables: tuple[Sequence[int], Sequence[int]],
+) -> Shape:
+    """tables: shapes and strides of gate_up, up if there is one, and down."""
+    (experts, hidden, _), gate_strides = tables[0]
+    (_, inner, _), down_strides = tables[-1]
+    regular = aligned and all(_is_regular(strides, dtype.itemsize) for _, strides in tables)
+    alternates = layout == "interleaved" and gate_strides[1] != 1
+    capability, shared_memory = _of_device(device)
+    return Shape(
+        experts=experts,
+        top_k=top_k,
+        hidden=hidden,
+        inner=inner,
+        layout=layout,
+        dtype=str(dtype).removeprefix("torch."),
+        k_last=(gate_strides[1] == 1, down_strides[1] == 1),
+        described=regular and capability >= _DESCRIBED_FROM and not alternates,
+        grouped=regular and dtype == torch.bfloat16 and capability in _GROUPED_ON,
+        shared_memory=shared_memory,
+    )
+
+
+@functools.cache
+def _of_device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, bytes of shared memory; on a CPU, what its interpreter does."""
+    if device.type != "cuda":
+        return _DESCRIBED_FROM, _INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return capability, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _is_regular(strides: Sequence[int], size: int) -> bool:
+    """One unit stride among the last two, others of 16 bytes."""
+    others = [stride for stride in strides if stride != 1]
+    return 1 in strides[1:] and all(stride * size % 16 == 0 for stride in others)
+
+
+def can_group(*operands: Tensor) -> bool:
+    """Whether torch's grouped matmul takes them here without waiting for the GPU."""
+    first = operands[0]
+    if first.dtype != torch.bfloat16 or not first.is_cuda:
+        return False
+    if _of_device(first.device)[0] not in _GROUPED_ON:
+        return False
+    return all(
+        each.data_ptr() % 16 == 0
+        and sum(stride == 1 for stride in each.stride()[-2:]) >= 1
+        and all(stride * 2 % 16 == 0 for stride in each.stride() if stride != 1)
+        for each in operands
+    )
