@@ -68,8 +68,8 @@ class Gpu:
                 "on a machine that has one: nvidia-smi must list it, and torch must be a build for "
                 "CUDA (https://pytorch.org/get-started/locally)."
             )
-        self.device = torch.device(device)
-        if (self.device.index or 0) >= torch.cuda.device_count():
+        self.device = torch.device("cuda", torch.device(device).index or 0)
+        if self.device.index >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"--device {wanted}: there are {torch.cuda.device_count()} GPUs, from cuda:0 on."
             )

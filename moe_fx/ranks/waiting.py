@@ -99,12 +99,22 @@ def start(
     stand = presence.next_exchange(group, what)
     own = group_timeout(group, device)
     if device.type != "cpu":  # the backend's own watchdog, if it is shorter, ends the process
-        work = launch_unless_ended(group, launch)
-        return Exchange(work, group, device, stand, min(timeout, _BEFORE * own))
+        timeout = min(timeout, _BEFORE * own)
+        try:
+            work = launch_unless_ended(group, launch)
+        except RuntimeError as error:  # NCCL has seen a process end before anyone waits
+            if isinstance(error, MoeFxError) or not _is_of_link(error):
+                raise
+            raise failure(group, stand, 0.0, timeout, error) from error
+        return Exchange(work, group, device, stand, timeout)
     timeout = min(timeout, own)
     with launch_within(timeout, group, device):
         work = launch()
     return Exchange(work, group, device, stand, timeout)
+
+
+def _is_of_link(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or str(error).startswith("NCCL")
 
 
 def start_and_wait(

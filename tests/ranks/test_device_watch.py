@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_fx.errors import MoeFxError, RankMissing
-from moe_fx.ranks import device_watch, presence
+from moe_fx.ranks import device_watch, presence, waiting
 from moe_fx.ranks.device_watch import _Watched
 from moe_fx.ranks.waiting import failure
 from moe_fx.testing import RankPool
@@ -114,6 +114,38 @@ def test_an_exchange_of_a_group_that_has_ended_gets_the_error(
     assert said == "nothing more"
     assert len(found) == 1
     assert found[0].startswith("RankMissing: Rank 0 waited 1")
+
+
+def refused(rank: int, message: str) -> str:
+    """What a rank gets whose exchange the link refuses to start, as NCCL does when a peer's process
+    has ended."""
+    group = dist.new_group()
+    if rank == 1:
+        return ""
+
+    def launch() -> None:
+        raise RuntimeError(message)
+
+    with mock.patch.object(waiting, "group_timeout", lambda *_: 60.0):
+        try:
+            waiting.start(launch, group, DEVICE, f"rows of {LAYER}", WAIT)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return "started"
+
+
+def test_a_link_that_refuses_an_exchange_names_layer_and_rank(ranks2: RankPool) -> None:
+    message = "NCCL Error 6: remote process exited or there was a network error"
+    said, _ = ranks2.run(refused, message)
+    assert said.startswith("RankMissing: Rank 0 waited 0 s")
+    assert f"(rows of {LAYER})" in said
+    assert "for rank(s) [1]" in said
+    assert message in said
+
+
+def test_a_mistake_of_another_kind_stays_what_it_is(ranks2: RankPool) -> None:
+    said, _ = ranks2.run(refused, "split sizes do not add up")
+    assert said == "RuntimeError: split sizes do not add up"
 
 
 def fine(rank: int) -> int:
