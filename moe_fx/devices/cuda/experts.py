@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_fx.devices.cuda.choice import Way, way
 from moe_fx.devices.cuda.kernels import gemm, rows, sort
-from moe_fx.devices.cuda.launch import on
+from moe_fx.devices.cuda.launch import empty, not_recorded, on, recorded
 from moe_fx.devices.cuda.layer import Layer
 
 __all__ = ["forward", "forward_training"]
@@ -45,6 +45,7 @@ class _Run:
                 layer.tokens, self.order, self.ends, *layer.halves, *layer.bias_halves,
                 layer.top_k, layer.body, way.gate_up, layer.places, columns,
             )  # fmt: skip
+        not_recorded()
         gathered = rows.gather(layer.tokens, self.order, self.ends, layer.top_k)
         if layer.up is None and columns is None:
             columns = torch._grouped_mm(gathered, layer.gate_up, self.ends)
@@ -68,6 +69,7 @@ class _Run:
                 h, self.order, self.ends, layer.weights, layer.down, layer.down_bias, way.down
             )
             return rows.total(pairs, self.row_map, layer.top_k, layer.dtype, mapped=False)
+        not_recorded()
         results = torch._grouped_mm(h, layer.down, self.ends)
         return rows.total(
             results, self.row_map, layer.top_k, layer.dtype, True, layer.weights, layer.ids,
@@ -81,24 +83,41 @@ def forward(*args: Any) -> Tensor:
     if layer.ids.numel() == 0:
         return _nothing(layer)
     with on(layer.tokens):
-        run = _Run.of(layer)
-        chosen = _way(layer, run)
-        return run.result(chosen, run.activations(chosen))
+        chosen = _way(layer)
+
+        def run() -> tuple[Tensor]:
+            of_call = _Run.of(layer)
+            return (of_call.result(chosen, of_call.activations(chosen)),)
+
+        (result,) = recorded((chosen, layer.kind), layer.tensors, layer.tokens.device, run)
+        return result
 
 
 def forward_training(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``moe_fx::fused_experts_training``."""
     layer = Layer(*args)
     pairs, width = layer.ids.numel(), layer.places.width
-    columns = layer.tokens.new_empty((pairs, width * (2 if layer.places.gated else 1)))
+    sizes = (pairs, width * (2 if layer.places.gated else 1))
+    device = layer.tokens.device
     if pairs == 0:
-        order = layer.ids.new_empty((0,), dtype=torch.int32)
-        ends = layer.ids.new_zeros((layer.experts,), dtype=torch.int32)
-        return _nothing(layer), columns, order, ends
+        return (
+            _nothing(layer),
+            layer.tokens.new_empty(sizes),
+            layer.ids.new_empty((0,), dtype=torch.int32),
+            layer.ids.new_zeros((layer.experts,), dtype=torch.int32),
+        )
     with on(layer.tokens):
-        run = _Run.of(layer)
-        chosen = _way(layer, run)
-        return run.result(chosen, run.activations(chosen, columns)), columns, run.order, run.ends
+        chosen = _way(layer)
+
+        def run() -> tuple[Tensor, ...]:
+            of_call = _Run.of(layer)
+            columns = empty(sizes, layer.tokens.dtype, device)
+            result = of_call.result(chosen, of_call.activations(chosen, columns))
+            return result, columns, of_call.order, of_call.ends
+
+        made = recorded((chosen, "training", layer.kind), layer.tensors, device, run)
+        result, columns, order, ends = made
+        return result, columns, order, ends
 
 
 def _nothing(layer: Layer) -> Tensor:
@@ -106,11 +125,17 @@ def _nothing(layer: Layer) -> Tensor:
     return layer.tokens.new_zeros(sizes, dtype=layer.dtype)
 
 
-def _way(layer: Layer, run: _Run) -> Way:
+def _way(layer: Layer) -> Way:
+    run: list[_Run] = []  # sorted when something is to be measured, not before
+
+    def activations(each: Way) -> Tensor:
+        run.extend(() if run else (_Run.of(layer),))
+        return run[0].activations(each)
+
     return way(
         layer.shape,
         layer.tokens.shape[0],
         layer.tokens.device,
-        lambda each: run.activations(each),
-        run.result,
+        activations,
+        lambda each, h: run[0].result(each, h),
     )

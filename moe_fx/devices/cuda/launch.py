@@ -1,14 +1,224 @@
-"""Where kernels are launched."""
+"""Launches, recorded once and made again without Triton's own bookkeeping.
+
+A layer of few tokens takes the GPU less time than Triton takes the host to look at every argument
+of five launches. What a call launches, with which grids and numbers, follows from the shapes and
+strides of its tensors. So the first call of a kind is recorded (`recorded`), and later ones pass
+the addresses of their tensors to the same compiled kernels. All buffers in between are one
+allocation.
+
+The key of a kind must say all that Triton specialises on: shapes, strides, dtypes, and whether
+addresses are multiples of 16. A call that does something else (torch's own kernels, views of two
+inputs of one storage) is not recorded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["on"]
+__all__ = ["empty", "launch", "not_recorded", "on", "recorded"]
+
+_MOST = 1024
+"""Kinds of calls that are kept."""
+_ALIGNED = 256
+_active = threading.local()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer for kernels, not filled."""
+    buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
+    recording = getattr(_active, "recording", None)
+    if recording is not None:
+        recording.buffers.append(buffer)
+    return buffer
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """``kernel[grid](*args, **constants)``."""
+    compiled = kernel[grid](*args, **constants)
+    recording = getattr(_active, "recording", None)
+    if recording is not None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        ordered = [named[name] for name in kernel.arg_names]
+        recording.launches.append((compiled, grid, ordered))
+
+
+def not_recorded() -> None:
+    """What is launched now cannot be launched again by its addresses alone."""
+    recording = getattr(_active, "recording", None)
+    if recording is not None:
+        recording.whole = False
+
+
+@dataclass
+class _Recording:
+    whole: bool = True
+    buffers: list[Tensor] = field(default_factory=list)
+    launches: list[tuple[Any, tuple[int, ...], list[Any]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Address:
+    """``offset`` bytes into a tensor: an input, a result, or the buffers in between."""
+
+    tensor: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A descriptor of what stands at an address."""
+
+    address: _Address
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What calls of one kind launch. between: bytes of the buffers in between; results: shapes and
+    dtypes; launches: what runs a compiled kernel on its grid, and with what."""
+
+    between: int
+    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    launches: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]
+
+    def again(self, inputs: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...]:
+        results = tuple(
+            torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results
+        )
+        between = torch.empty(self.between, dtype=torch.uint8, device=device)
+        tensors = (*inputs, *results, between)
+        at = [0 if each is None else each.data_ptr() for each in tensors]
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        for run, args in self.launches:
+            run(*[_argument(each, at, tensors) for each in args], stream=stream)
+        return results
+
+
+def _argument(given: Any, at: list[int], tensors: Sequence[Tensor | None]) -> Any:
+    if type(given) is _Address:
+        return at[given.tensor] + given.offset
+    if type(given) is _Described:
+        tensor = tensors[given.address.tensor]
+        assert tensor is not None
+        if tensor.dtype != given.dtype:
+            tensor = tensor.view(given.dtype)
+        skip = tensor.storage_offset() + given.address.offset // given.dtype.itemsize
+        viewed = tensor.as_strided(given.shape, given.strides, skip)
+        return TensorDescriptor(viewed, given.shape, given.strides, given.block)
+    return given
+
+
+_kinds: dict[Hashable, _Kind | None] = {}
+"""None: calls of this kind cannot be recorded."""
+
+
+def recorded(
+    key: Hashable,
+    inputs: Sequence[Tensor | None],
+    device: torch.device,
+    run: Callable[[], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """``run()``, or what it launched for an earlier call with ``key``, on ``inputs``."""
+    if device.type != "cuda":
+        return run()
+    kind = _kinds.get(key)
+    if kind is not None:
+        return kind.again(inputs, device)
+    if key in _kinds:
+        return run()
+    outer, _active.recording = getattr(_active, "recording", None), _Recording()
+    try:
+        results = run()
+        recording: _Recording = _active.recording
+    finally:
+        _active.recording = outer
+    if len(_kinds) >= _MOST:
+        _kinds.clear()
+    _kinds[key] = _kind(recording, inputs, results)
+    return results
+
+
+def _kind(
+    recording: _Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]
+) -> _Kind | None:
+    places = _places(recording, inputs, results)
+    if not recording.whole or places is None:
+        return None
+    between = 0
+    for buffer in recording.buffers:
+        if not any(buffer is each for each in results):
+            between += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
+    launches = []
+    for compiled, grid, args in recording.launches:
+        made = [_recorded_argument(each, places) for each in args]
+        if any(each is NotImplemented for each in made):
+            return None
+        launches.append((compiled[(*grid, 1, 1)[:3]], tuple(made)))
+    shapes = tuple((tuple(each.shape), each.dtype) for each in results)
+    return _Kind(between, shapes, tuple(launches))
+
+
+Places = Mapping[int, tuple[_Address, int]]
+"""By address of a storage: where it is found again, and the address that the tensor begins at."""
+
+
+def _places(
+    recording: _Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]
+) -> Places | None:
+    """None: two inputs share a storage, or a result is no buffer of its own."""
+    places: dict[int, tuple[_Address, int]] = {}
+    for at, tensor in enumerate((*inputs, *results)):
+        if tensor is None or not tensor.numel():
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in places:
+            return None
+        places[storage] = _Address(at, 0), tensor.data_ptr()
+    last, offset = len(inputs) + len(results), 0
+    for buffer in recording.buffers:
+        if any(buffer is each for each in results):
+            continue
+        places[buffer.untyped_storage().data_ptr()] = _Address(last, offset), buffer.data_ptr()
+        offset += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
+    return places
+
+
+def _recorded_argument(given: Any, places: Places) -> Any:
+    """NotImplemented: it is a tensor that comes from elsewhere."""
+    if isinstance(given, Tensor):
+        return _address(given, places)
+    if isinstance(given, TensorDescriptor):
+        address = _address(given.base, places)
+        if address is NotImplemented:
+            return address
+        return _Described(
+            address,
+            given.base.dtype,
+            tuple(given.shape),
+            tuple(given.strides),
+            tuple(given.block_shape),
+        )
+    return given
+
+
+def _address(tensor: Tensor, places: Places) -> Any:
+    found = places.get(tensor.untyped_storage().data_ptr())
+    if found is None:
+        return NotImplemented
+    (place, begin) = found
+    return _Address(place.tensor, place.offset + tensor.data_ptr() - begin)
 
 
 @contextmanager

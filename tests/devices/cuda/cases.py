@@ -83,7 +83,12 @@ def experts(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
             for name, way in ways(gpu, here):
                 with poisoned(), mock.patch.object(gpu, "_way", way):
                     out = gpu.forward(*here)
-                yield f"{given} {dtype} {name}", out, expected
+                    yield f"{given} {dtype} {name}", out, expected
+                    again = layer(**sizes(device, given), dtype=dtype, seed=at + 100)
+                    out = gpu.forward(
+                        *to(device, again)
+                    )  # on a GPU, as the first call was recorded
+                    yield f"{given} {dtype} {name} again", out, ops.fused_experts(*wide(again))
 
 
 def ways(gpu: Any, arguments: list[Any]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_fx.devices.cuda.launch import empty, launch, recorded
+
 __all__ = ["gate", "misfit"]
 
 _TILE = 4096
@@ -124,15 +126,43 @@ def gate(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``moe_fx::gating_top_k``."""
-    tokens, experts = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    weights = torch.empty((tokens, k), dtype=torch.float32, device=logits.device)
-    ids = torch.empty((tokens, k), dtype=torch.int64, device=logits.device)
-    if tokens == 0:
-        return weights, ids
+    if not logits.shape[0]:
+        weights = torch.empty((0, k), dtype=torch.float32, device=logits.device)
+        return weights, torch.empty((0, k), dtype=torch.int64, device=logits.device)
+    router = (k, score, num_groups, topk_group, group_score, eps, scale)
+    inputs = (logits, select_bias)
+    kinds = (
+        None if each is None else (each.dtype, each.shape, each.stride(), each.data_ptr() % 16 == 0)
+        for each in inputs
+    )
+    weights, ids = recorded(
+        ("gate", router, *kinds),
+        inputs,
+        logits.device,
+        lambda: _launched(logits, select_bias, *router),
+    )
+    return weights, ids
+
+
+def _launched(
+    logits: Tensor,
+    select_bias: Tensor | None,
+    k: int,
+    score: str,
+    num_groups: int,
+    topk_group: int,
+    group_score: str,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = logits.shape
+    weights = empty((tokens, k), torch.float32, logits.device)
+    ids = empty((tokens, k), torch.int64, logits.device)
     columns = max(16, triton.next_power_of_2(experts))
     block = min(max(1, _TILE // columns), max(1, triton.next_power_of_2(tokens // 256)))
-    _gate[(triton.cdiv(tokens, block),)](
+    launch(
+        _gate, (triton.cdiv(tokens, block),),
         logits, select_bias, weights, ids, tokens, experts, logits.stride(0),
         k, max(2, triton.next_power_of_2(k)), columns, block,
         score == "sigmoid", select_bias is not None, num_groups, topk_group,

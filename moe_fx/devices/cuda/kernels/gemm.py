@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_fx.devices.cuda.kernels.activation import activated
 from moe_fx.devices.cuda.kernels.rows import Places, gather
+from moe_fx.devices.cuda.launch import empty, launch
 
 __all__ = ["Tiles", "down", "gate_up", "grad_table", "plain"]
 
@@ -266,7 +267,7 @@ def gate_up(
     """
     experts, depth, outer = gate.shape
     pairs = order.numel()
-    out = torch.empty((pairs, outer), dtype=tokens.dtype, device=tokens.device)
+    out = empty((pairs, outer), tokens.dtype, tokens.device)
     shared = _shared(tiles, depth, outer, gate)
     second = gate if up is None else up
     tables: list[Any] = [gate, second]
@@ -278,7 +279,8 @@ def gate_up(
         read = _fetched(rows, tiles)
     act, alpha, limit, shift = body
     bias_strides = gate_bias.stride() if gate_bias is not None else (0, 0)
-    _gate_up[_grid(pairs, experts, outer, tiles)](
+    launch(
+        _gate_up, _grid(pairs, experts, outer, tiles),
         read, order, ends, *tables, gate_bias, up_bias, out, columns,
         experts, outer, depth, tokens.stride(0), gate.stride(0), gate.stride(2), gate.stride(1),
         *bias_strides,
@@ -304,14 +306,15 @@ def down(
     expert's are not written. table ``[E, I, H]``; bias ``[E, H]``."""
     experts, depth, outer = table.shape
     pairs = order.numel()
-    out = torch.empty((pairs, outer), dtype=h.dtype, device=h.device)
+    out = empty((pairs, outer), h.dtype, h.device)
     shared = _shared(tiles, depth, outer, table)
     rows: Any = h
     matrices: Any = table
     if tiles.described:
         rows = _fetched(h, tiles)
         matrices = _described(table, tiles, shared["K_LAST"])
-    _down[_grid(pairs, experts, outer, tiles)](
+    launch(
+        _down, _grid(pairs, experts, outer, tiles),
         rows, order, ends, weights, matrices, bias, out,
         experts, outer, depth, pairs, table.stride(0), table.stride(2), table.stride(1),
         bias.stride(0) if bias is not None else 0,
@@ -352,8 +355,9 @@ _PLAIN = Tiles(64, 64, 32, 4, 4, 3)
 def plain(rows: Tensor, table: Tensor, ends: Tensor) -> Tensor:
     """``[S, N]``: rows sorted by expert times their expert's matrix of ``[E, K, N]``."""
     experts, depth, outer = table.shape
-    out = torch.empty((rows.shape[0], outer), dtype=rows.dtype, device=rows.device)
-    _gate_up[_grid(rows.shape[0], experts, outer, _PLAIN)](
+    out = empty((rows.shape[0], outer), rows.dtype, rows.device)
+    launch(
+        _gate_up, _grid(rows.shape[0], experts, outer, _PLAIN),
         rows, ends, ends, table, table, None, None, out, None,
         experts, outer, depth, rows.stride(0), table.stride(0), table.stride(2), table.stride(1),
         0, 0, GATHERS=False, FETCHES=False, TOP_K=1, BE=triton.next_power_of_2(experts),
@@ -368,9 +372,10 @@ def grad_table(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``[E, K, N]``: each expert's rows of ``left [S, K]``, transposed, times those of ``right
     [S, N]``."""
     experts, depth, outer = len(ends), left.shape[1], right.shape[1]
-    out = torch.empty((experts, depth, outer), dtype=left.dtype, device=left.device)
+    out = empty((experts, depth, outer), left.dtype, left.device)
     grid = (triton.cdiv(depth, 64) * triton.cdiv(outer, 64), experts)
-    _grad_table[grid](
+    launch(
+        _grad_table, grid,
         left, right, ends, out, depth, outer, left.stride(0), right.stride(0),
         PRECISION=_precision(left.dtype), BM=64, BN=64, BK=32,
     )  # fmt: skip

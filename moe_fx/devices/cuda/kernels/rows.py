@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_fx.devices.cuda.kernels.activation import activated, sloped
+from moe_fx.devices.cuda.launch import empty, launch
 
 __all__ = ["Places", "activate", "add_bias_products", "bias_sums", "gather", "slope", "total"]
 
@@ -204,9 +205,10 @@ def gather(
     """``[S, H]``: each place's token, times its pair's weight if there are any. Places behind the
     last expert's end are not written."""
     pairs, width = order.numel(), tokens.shape[1]
-    out = torch.empty((pairs, width), dtype=tokens.dtype, device=tokens.device)
+    out = empty((pairs, width), tokens.dtype, tokens.device)
     block = _block(width)
-    _gather[(pairs, triton.cdiv(width, block))](
+    launch(
+        _gather, (pairs, triton.cdiv(width, block)),
         tokens, order, ends[-1:], weights, out, width, tokens.stride(0), top_k,
         weights is not None, block,
     )  # fmt: skip
@@ -223,11 +225,12 @@ def activate(
 ) -> Tensor:
     """``[S, N] -> [S, I]``. Biases ``[E, I]`` of the same strides are added to ``columns`` first,
     in place."""
-    out = torch.empty((columns.shape[0], places.width), dtype=columns.dtype, device=columns.device)
+    out = empty((columns.shape[0], places.width), columns.dtype, columns.device)
     act, alpha, limit, shift = body
     block = _block(places.width)
     strides = gate_bias.stride() if gate_bias is not None else (0, 0)
-    _activate[(columns.shape[0], triton.cdiv(places.width, block))](
+    launch(
+        _activate, (columns.shape[0], triton.cdiv(places.width, block)),
         columns, ends, gate_bias, up_bias, out, len(ends), places.width,
         places.step, places.gate, places.up, columns.shape[1], gate_bias is not None, *strides,
         places.gated, act, alpha, limit is not None, limit or 0.0, shift,
@@ -249,12 +252,14 @@ def slope(
     ``h * weight``, the gradient of ``columns [S, N]``, and of each pair's weight what comes of
     ``h`` (0 of pairs that are no expert's)."""
     pairs = order.numel()
-    activations, grad_columns = torch.empty_like(back), torch.empty_like(columns)
+    activations = empty(back.shape, back.dtype, back.device)
+    grad_columns = empty(columns.shape, columns.dtype, columns.device)
     products = None
     if weights is not None:
         products = torch.zeros(pairs, dtype=torch.float32, device=back.device)
     act, alpha, limit, shift = body
-    _slope[(pairs,)](
+    launch(
+        _slope, (pairs,),
         columns, back, order, ends[-1:], weights, activations, grad_columns, products, places.width,
         places.step, places.gate, places.up, columns.shape[1], weights is not None, places.gated,
         act, alpha, limit is not None, limit or 0.0, shift, _block(places.width),
@@ -276,9 +281,10 @@ def total(
     there are any, summed in float32 in the order of its pairs. row_map: -1 for pairs without a
     row. mapped: ``rows`` are sorted by expert, as ``row_map`` says; else they stand by pair."""
     pairs, width = row_map.numel(), rows.shape[1]
-    out = torch.empty((pairs // top_k, width), dtype=dtype, device=rows.device)
+    out = empty((pairs // top_k, width), dtype, rows.device)
     block = _block(width)
-    _total[(pairs // top_k, triton.cdiv(width, block))](
+    launch(
+        _total, (pairs // top_k, triton.cdiv(width, block)),
         rows, row_map, weights, bias, ids, out, width,
         top_k, mapped, weights is not None, bias is not None,
         bias.stride(0) if bias is not None else 0, block,
@@ -290,10 +296,21 @@ def bias_sums(rows: Tensor, order: Tensor, ends: Tensor, weights: Tensor | None 
     """``[E, N]`` in float32: the sum of each expert's rows, times their pairs' weights if there are
     any."""
     experts, width = len(ends), rows.shape[1]
-    out = torch.empty((experts, width), dtype=torch.float32, device=rows.device)
+    out = empty((experts, width), torch.float32, rows.device)
     block = min(128, _block(width))
-    _bias_sums[(experts, triton.cdiv(width, block))](
-        rows, order, ends, weights, out, width, rows.stride(0), weights is not None, 32, block
+    launch(
+        _bias_sums,
+        (experts, triton.cdiv(width, block)),
+        rows,
+        order,
+        ends,
+        weights,
+        out,
+        width,
+        rows.stride(0),
+        weights is not None,
+        32,
+        block,
     )
     return out
 
@@ -304,6 +321,16 @@ def add_bias_products(
     """``products[pair] += grads[its row] @ bias[its expert]``."""
     experts, width = bias.shape
     columns = triton.next_power_of_2(experts)
-    _add_bias_products[(len(order),)](
-        grads, order, ends, bias, products, experts, width, columns, _block(width)
+    launch(
+        _add_bias_products,
+        (len(order),),
+        grads,
+        order,
+        ends,
+        bias,
+        products,
+        experts,
+        width,
+        columns,
+        _block(width),
     )

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_fx.devices.cuda.launch import empty, launch
+
 __all__ = ["inverse", "sort_pairs"]
 
 _FEW = 8192
@@ -119,20 +121,32 @@ def sort_pairs(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     Places behind the last expert's end are not written."""
     ids = ids.contiguous()
     pairs = ids.numel()
-    order, row_map = (torch.empty(pairs, dtype=torch.int32, device=ids.device) for _ in range(2))
-    ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
+    order, row_map = (empty((pairs,), torch.int32, ids.device) for _ in range(2))
+    ends = empty((experts,), torch.int32, ids.device)
     if pairs <= _FEW:
         grid = (triton.cdiv(pairs, _ASKED) + triton.cdiv(experts, _ASKED),)
-        _rank[grid](ids, order, row_map, ends, pairs, experts, _ASKED, _SEEN)
+        launch(_rank, grid, ids, order, row_map, ends, pairs, experts, _ASKED, _SEEN)
         return order, row_map, ends
     columns, block = max(16, triton.next_power_of_2(experts)), _BLOCK
     blocks = triton.cdiv(pairs, block)
-    counts = torch.empty(experts * blocks + experts, dtype=torch.int32, device=ids.device)
+    counts = empty((experts * blocks + experts,), torch.int32, ids.device)
     totals = counts[experts * blocks :]
-    _count[(blocks,)](ids, counts, pairs, experts, blocks, columns, block)
-    _run[(experts,)](counts, totals, blocks, triton.next_power_of_2(blocks))
-    _scatter[(blocks,)](
-        ids, counts, totals, order, row_map, ends, pairs, experts, blocks, columns, block
+    launch(_count, (blocks,), ids, counts, pairs, experts, blocks, columns, block)
+    launch(_run, (experts,), counts, totals, blocks, triton.next_power_of_2(blocks))
+    launch(
+        _scatter,
+        (blocks,),
+        ids,
+        counts,
+        totals,
+        order,
+        row_map,
+        ends,
+        pairs,
+        experts,
+        blocks,
+        columns,
+        block,
     )
     return order, row_map, ends
 
@@ -148,5 +162,5 @@ def _inverse(order, end, row_map, S, B: tl.constexpr):
 def inverse(order: Tensor, ends: Tensor) -> Tensor:
     """``row_map`` of `sort_pairs` again."""
     row_map = torch.full_like(order, -1)
-    _inverse[(triton.cdiv(len(order), 256),)](order, ends[-1:], row_map, len(order), 256)
+    launch(_inverse, (triton.cdiv(len(order), 256),), order, ends[-1:], row_map, len(order), 256)
     return row_map
