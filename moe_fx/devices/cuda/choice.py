@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from moe_fx.devices.cuda.kernels.gemm import Tiles
 from moe_fx.devices.cuda.layer import Shape
