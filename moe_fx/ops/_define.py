@@ -40,28 +40,24 @@ def define(
     _LIBRARY.define(schema, tags=(*tags, torch.Tag.flexible_layout) if any_layout else tags)
     qualname = f"{NAMESPACE}::{name}"
     for key in _DEVICE_KEYS:
-        impl(qualname, key, _without_autocast(_chosen(name, key, kernel)), lib=_LIBRARY)
+        impl(qualname, key, _without_autocast(name, key, kernel), lib=_LIBRARY)
     register_fake(qualname, fake, lib=_LIBRARY)
     if backward is not None:
         register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def bring(op: str, key: str, kernel: Callable[..., Any]) -> None:
-    """From now on ``kernel`` is what ``moe_fx::<op>`` runs on devices of that dispatch key."""
+    """From now on ``kernel`` is what ``moe_fx::<op>`` runs on devices of that dispatch key. Of the
+    caller's autocast it takes care itself."""
     _own[op, key] = kernel
 
 
-def _chosen(name: str, key: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(name: str, key: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return _own.get((name, key), kernel)(*args, **kwargs)
-
-    return run
-
-
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(kernel)
-    def run(*args: Any, **kwargs: Any) -> Any:
+        own = _own.get((name, key))
+        if own is not None:
+            return own(*args, **kwargs)
         with autocast_off():
             return kernel(*args, **kwargs)
 

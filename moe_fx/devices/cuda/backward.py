@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_fx.compat import autocast_off
 from moe_fx.devices.cuda.kernels import gemm, rows, sort
 from moe_fx.devices.cuda.launch import on
 from moe_fx.devices.cuda.layer import Layer, can_group
@@ -49,7 +50,7 @@ def backward(
             torch.zeros_like(each) if each is not None and need else grad.new_empty(0)
             for each, need in zip(layer.differentiable, needed, strict=True)
         )
-    with on(layer.tokens):
+    with on(layer.tokens), autocast_off():
         back = _Backward(layer, grad.to(columns.dtype), columns, order, ends, Needed(*needed))
         return back.gradients()
 

@@ -62,23 +62,26 @@ def way(
     device: torch.device,
     activations: Callable[[Way], Tensor],
     result: Callable[[Way, Tensor], Tensor],
-) -> Way:
-    """The way to run this call. activations, result: run the halves of the layer in some way."""
+) -> tuple[Way, bool]:
+    """The way to run this call, and whether others like it are run so too. activations, result: run
+    the halves of the layer in some way."""
     if device.type != "cuda":
-        return default(shape, tokens)
+        return default(shape, tokens), True
     bucket = triton.next_power_of_2(tokens)
     key = (device.index, shape, bucket)
     found = _chosen.get(key)
     if found is not None:
-        return found
-    if os.environ.get("MOE_FX_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
-        return default(shape, tokens)
+        return found, True
+    if os.environ.get("MOE_FX_TUNE") == "0":
+        return default(shape, tokens), True
+    if torch.cuda.is_current_stream_capturing():
+        return default(shape, tokens), False
     with _lock:
         if key not in _chosen:
             _chosen[key] = _kept(device, shape, bucket) or _measured(
                 shape, tokens, bucket, device, activations, result
             )
-        return _chosen[key]
+        return _chosen[key], True
 
 
 def _measured(

@@ -7,8 +7,8 @@ the addresses of their tensors to the same compiled kernels. All buffers in betw
 allocation.
 
 The key of a kind must say all that Triton specialises on: shapes, strides, dtypes, and whether
-addresses are multiples of 16. A call that does something else (torch's own kernels, views of two
-inputs of one storage) is not recorded.
+addresses are multiples of 16 (`key_of`). A call that does something else (torch's own kernels,
+views of two inputs of one storage) is not recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["empty", "launch", "not_recorded", "on", "recorded"]
+__all__ = ["Kind", "empty", "key_of", "known", "launch", "not_recorded", "on", "recorded"]
 
 _MOST = 1024
 """Kinds of calls that are kept."""
@@ -83,45 +83,94 @@ class _Described:
     strides: tuple[int, ...]
     block: tuple[int, ...]
 
+    def of(self, tensors: Sequence[Tensor | None]) -> TensorDescriptor:
+        tensor = tensors[self.address.tensor]
+        assert tensor is not None
+        if tensor.dtype != self.dtype:
+            tensor = tensor.view(self.dtype)
+        skip = tensor.storage_offset() + self.address.offset // self.dtype.itemsize
+        viewed = tensor.as_strided(self.shape, self.strides, skip)
+        return TensorDescriptor(viewed, list(self.shape), list(self.strides), list(self.block))
+
 
 @dataclass(frozen=True)
-class _Kind:
+class _Launch:
+    """run, head: Triton's launcher, and what it takes before the kernel's arguments but for the
+    stream. arguments: those, with None where ``addresses`` and ``described`` come in."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    arguments: tuple[Any, ...]
+    addresses: tuple[tuple[int, int, int], ...]
+    described: tuple[tuple[int, _Described], ...]
+
+    @classmethod
+    def of(cls, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> _Launch:
+        return cls(
+            compiled.run,
+            (*grid, 1, 1)[:3],  # type: ignore[arg-type]
+            compiled.function,
+            compiled.packed_metadata,
+            tuple(None if isinstance(a, _Address | _Described) else a for a in arguments),
+            tuple((at, *astuple(a)) for at, a in enumerate(arguments) if isinstance(a, _Address)),
+            tuple((at, a) for at, a in enumerate(arguments) if isinstance(a, _Described)),
+        )
+
+    def again(self, stream: int, begins: list[int], tensors: Sequence[Tensor | None]) -> None:
+        arguments = list(self.arguments)
+        for at, tensor, offset in self.addresses:
+            arguments[at] = begins[tensor] + offset
+        for at, described in self.described:
+            arguments[at] = described.of(tensors)
+        head = (*self.grid, stream, self.function, self.metadata, None, None, None)
+        self.run(*head, *arguments)
+
+
+@dataclass(frozen=True)
+class Kind:
     """What calls of one kind launch. between: bytes of the buffers in between; results: shapes and
-    dtypes; launches: what runs a compiled kernel on its grid, and with what."""
+    dtypes."""
 
     between: int
     results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    launches: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]
+    launches: tuple[_Launch, ...]
+    device: torch.device
 
-    def again(self, inputs: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...]:
-        results = tuple(
-            torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results
-        )
-        between = torch.empty(self.between, dtype=torch.uint8, device=device)
-        tensors = (*inputs, *results, between)
-        at = [0 if each is None else each.data_ptr() for each in tensors]
+    def again(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The results for ``inputs``. The current device must be theirs."""
+        device = self.device
+        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        tensors = [*inputs, *results]
+        if self.between:
+            tensors.append(torch.empty(self.between, dtype=torch.uint8, device=device))
+        begins = [0 if each is None else each.data_ptr() for each in tensors]
         stream = triton.runtime.driver.active.get_current_stream(device.index)
-        for run, args in self.launches:
-            run(*[_argument(each, at, tensors) for each in args], stream=stream)
-        return results
+        for each in self.launches:
+            each.again(stream, begins, tensors)
+        return tuple(results)
 
 
-def _argument(given: Any, at: list[int], tensors: Sequence[Tensor | None]) -> Any:
-    if type(given) is _Address:
-        return at[given.tensor] + given.offset
-    if type(given) is _Described:
-        tensor = tensors[given.address.tensor]
-        assert tensor is not None
-        if tensor.dtype != given.dtype:
-            tensor = tensor.view(given.dtype)
-        skip = tensor.storage_offset() + given.address.offset // given.dtype.itemsize
-        viewed = tensor.as_strided(given.shape, given.strides, skip)
-        return TensorDescriptor(viewed, given.shape, given.strides, given.block)
-    return given
-
-
-_kinds: dict[Hashable, _Kind | None] = {}
+_kinds: dict[Hashable, Kind | None] = {}
 """None: calls of this kind cannot be recorded."""
+
+
+def key_of(inputs: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
+    """What a kernel is compiled for, of its tensors."""
+    return tuple(
+        [
+            None
+            if each is None
+            else (each.shape, each.stride(), each.dtype, each.data_ptr() % 16 == 0, each.device)
+            for each in inputs
+        ]
+    )
+
+
+def known(key: Hashable) -> Kind | None:
+    """What was recorded of calls with ``key``."""
+    return _kinds.get(key)
 
 
 def recorded(
@@ -130,13 +179,8 @@ def recorded(
     device: torch.device,
     run: Callable[[], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """``run()``, or what it launched for an earlier call with ``key``, on ``inputs``."""
-    if device.type != "cuda":
-        return run()
-    kind = _kinds.get(key)
-    if kind is not None:
-        return kind.again(inputs, device)
-    if key in _kinds:
+    """``run()``, a call of which nothing is `known`, recorded if it can be."""
+    if device.type != "cuda" or key in _kinds:
         return run()
     outer, _active.recording = getattr(_active, "recording", None), _Recording()
     try:
@@ -146,13 +190,16 @@ def recorded(
         _active.recording = outer
     if len(_kinds) >= _MOST:
         _kinds.clear()
-    _kinds[key] = _kind(recording, inputs, results)
+    _kinds[key] = _kind(recording, inputs, results, device)
     return results
 
 
 def _kind(
-    recording: _Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]
-) -> _Kind | None:
+    recording: _Recording,
+    inputs: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    device: torch.device,
+) -> Kind | None:
     places = _places(recording, inputs, results)
     if not recording.whole or places is None:
         return None
@@ -165,9 +212,9 @@ def _kind(
         made = [_recorded_argument(each, places) for each in args]
         if any(each is NotImplemented for each in made):
             return None
-        launches.append((compiled[(*grid, 1, 1)[:3]], tuple(made)))
+        launches.append(_Launch.of(compiled, grid, made))
     shapes = tuple((tuple(each.shape), each.dtype) for each in results)
-    return _Kind(between, shapes, tuple(launches))
+    return Kind(between, shapes, tuple(launches), device)
 
 
 Places = Mapping[int, tuple[_Address, int]]

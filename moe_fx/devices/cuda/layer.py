@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,30 +101,6 @@ class Layer:
         if self.up is not None or self.gate_up_bias is None:
             return self.gate_up_bias, self.up_bias
         return split_columns(self.gate_up_bias, self.layout)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (
-            *(self.tokens, self.ids, self.weights, self.gate_up, self.up, self.down),
-            *(self.gate_up_bias, self.up_bias, self.down_bias),
-        )
-
-    @property
-    def kind(self) -> Hashable:
-        """Of what a call launches, but for which kernels are chosen: what Triton compiles for."""
-        return (
-            self.tokens.shape[0],
-            self.layout,
-            self.body,
-            self.dtype,
-            tuple(
-                None
-                if each is None
-                else (each.dtype, each.shape[1:], each.stride(), each.data_ptr() % 16 == 0)
-                for each in self.tensors
-            ),
-            self.gate_up.shape[0],
-        )
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

@@ -71,6 +71,7 @@ def sizes(device: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def experts(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     from moe_fx.devices.cuda import experts as gpu
+    from moe_fx.devices.cuda import launch
 
     dtypes = [torch.float32, torch.float16, torch.bfloat16]  # the last: not by the interpreter
     for at, given in enumerate(shapes()):
@@ -81,6 +82,7 @@ def experts(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
             expected = ops.fused_experts(*wide(arguments))
             here = to(device, arguments)
             for name, way in ways(gpu, here):
+                launch._kinds.clear()
                 with poisoned(), mock.patch.object(gpu, "_way", way):
                     out = gpu.forward(*here)
                     yield f"{given} {dtype} {name}", out, expected
@@ -103,7 +105,7 @@ def ways(gpu: Any, arguments: list[Any]) -> Iterator[tuple[str, Any]]:
         tiles.append(Tiles(64, 32, 32, 8, 4, 2, described=True))
         tiles.append(Tiles(32, 32, 32, 2, 4, 2, described=True, gathered=True))
     for each in [*tiles, *([GROUPED] if shape.grouped else [])]:
-        yield str(each), lambda *_, each=each: Way(each, each)
+        yield str(each), lambda *_, each=each: (Way(each, each), True)
 
 
 def training(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:

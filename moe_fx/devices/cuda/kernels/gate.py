@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_fx.devices.cuda.launch import empty, launch, recorded
+from moe_fx.devices.cuda.launch import empty, key_of, known, launch, recorded
 
 __all__ = ["gate", "misfit"]
 
@@ -132,16 +132,16 @@ def gate(
         return weights, torch.empty((0, k), dtype=torch.int64, device=logits.device)
     router = (k, score, num_groups, topk_group, group_score, eps, scale)
     inputs = (logits, select_bias)
-    kinds = (
-        None if each is None else (each.dtype, each.shape, each.stride(), each.data_ptr() % 16 == 0)
-        for each in inputs
-    )
-    weights, ids = recorded(
-        ("gate", router, *kinds),
-        inputs,
-        logits.device,
-        lambda: _launched(logits, select_bias, *router),
-    )
+    key = ("gate", key_of(inputs), router)
+    kind = known(key)
+    if kind is not None:
+        weights, ids = kind.again(inputs)
+        return weights, ids
+
+    def run() -> tuple[Tensor, Tensor]:
+        return _launched(logits, select_bias, *router)
+
+    weights, ids = recorded(key, inputs, logits.device, run)
     return weights, ids
 
 
