@@ -36,7 +36,10 @@ how many rows an expert has."""
 _OLDEST = (
     "tests/ops tests/passes/normalise tests/passes/recognise/test_[a-e]*.py "
     "tests/passes/recognise/test_recognise.py tests/passes/strategies/test_mc2.py "
-    "tests/passes/overlap/test_overlap.py tests/test_errors.py tests/entry/test_mode.py"
+    "tests/passes/overlap/test_overlap.py tests/test_errors.py tests/entry/test_mode.py "
+    "tests/weights tests/ranks tests/e2e/test_checkpointing.py tests/e2e/test_even_exchange.py "
+    "tests/e2e/test_programs.py tests/e2e/test_families.py tests/e2e/test_missing_rank.py "
+    "tests/e2e/test_tables_on_the_way.py"
 )
 
 RAN = (
