@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_fx.ops._define import bring
@@ -15,7 +16,9 @@ from moe_fx.ops.routing import gating_top_k_in_aten
 
 __all__ = ["HAS_TRITON"]
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+"""Whether this torch is for NVIDIA GPUs and Triton compiles for them (on Windows it may not be
+there)."""
 
 
 def _forward(*args: Any) -> Tensor:
