@@ -16,7 +16,6 @@ from moe_fx.devices.cuda.launch import empty, key_of, known, launch, recorded
 __all__ = ["gate", "misfit"]
 
 _TILE = 4096
-_LEAST = -3.0e38
 
 
 @triton.jit
