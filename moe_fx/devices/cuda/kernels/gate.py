@@ -27,7 +27,7 @@ def _best_groups(
     TAKEN: tl.constexpr,
     TOP2: tl.constexpr,
 ):
-    """Choices of experts whose group is among the ``TAKEN`` best; of others ``_LEAST``'s below."""
+    """Choices of experts whose group is among the ``TAKEN`` best; -inf of others."""
     grouped = tl.reshape(choice, (BT, GROUPS, SIZE))
     best, where = tl.max(grouped, 2, return_indices=True)
     if TOP2:
