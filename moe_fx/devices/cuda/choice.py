@@ -1,12 +1,12 @@
-"""Which kernel a layer's matmuls run on, for so many tokens: by measurement, once, kept on disk.
+"""Which kernel a matmul of a layer runs on, for so many tokens: by measurement, once, kept on disk.
 
-A layer of a shape is measured the first time that it runs with about so many tokens (a power of two
-and all below it, down to the next): gate and up first, then down, each in the few ways that are
-worth a try there. What was fastest is kept in a file per GPU, and the file's name says all that it
-depends on, so that other releases and other kernels measure again.
+A matmul is measured the first time that a layer of its shape runs with about so many tokens (a
+power of two and all below it, down to the next), in the few ways that are worth a try there. What
+was fastest is kept in a file per GPU, and the file's name says all that it depends on, so that
+other releases and other kernels measure again.
 
-Nothing is measured under capture of a CUDA graph, nor with ``MOE_FX_TUNE=0``: then `default`
-answers, and nothing is kept.
+Nothing is measured under capture of a CUDA graph, nor with ``MOE_FX_TUNE=0``: then the first of the
+ways is taken, mostly the fastest, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from moe_fx.devices.cuda.kernels.gemm import Tiles
+from moe_fx.devices.cuda.launch import not_recorded, paused
 from moe_fx.devices.cuda.layer import Shape
 from moe_fx.sources import SOURCES
 
-__all__ = ["GROUPED", "Way", "candidates", "default", "way"]
+__all__ = ["BACK", "GRAD", "GROUPED", "Way", "backward_ways", "choose", "forward_ways"]
 
 log = logging.getLogger("moe_fx")
 
@@ -44,75 +44,54 @@ _SECONDS = 0.1
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 
 
-@dataclass(frozen=True)
-class Way:
-    """`GROUPED`, or the tiles of the kernel."""
+Way = Tiles | str
+"""The tiles of our kernel, or `GROUPED`."""
 
-    gate_up: Tiles | str
-    down: Tiles | str
-
-
-_chosen: dict[tuple[int, Shape, int], Way] = {}
+_chosen: dict[tuple[int, str, Shape, int], Way] = {}
 _lock = threading.Lock()
 
 
-def way(
+def choose(
+    matmul: str,
     shape: Shape,
     tokens: int,
     device: torch.device,
-    activations: Callable[[Way], Tensor],
-    result: Callable[[Way, Tensor], Tensor],
-) -> tuple[Way, bool]:
-    """The way to run this call, and whether others like it are run so too. activations, result: run
-    the halves of the layer in some way."""
-    if device.type != "cuda":
-        return default(shape, tokens), True
+    ways: Sequence[Way],
+    run: Callable[[Way], Any],
+) -> Way:
+    """The way to run ``matmul`` of a layer of that shape. run: it, in some way."""
+    if device.type != "cuda" or len(ways) == 1:
+        return ways[0]
     bucket = triton.next_power_of_2(tokens)
-    key = (device.index, shape, bucket)
+    key = (device.index, matmul, shape, bucket)
     found = _chosen.get(key)
     if found is not None:
-        return found, True
+        return found
     if os.environ.get("MOE_FX_TUNE") == "0":
-        return default(shape, tokens), True
+        return ways[0]
     if torch.cuda.is_current_stream_capturing():
-        return default(shape, tokens), False
-    with _lock:
+        not_recorded()
+        return ways[0]
+    with _lock, paused():
         if key not in _chosen:
-            _chosen[key] = _kept(device, shape, bucket) or _measured(
-                shape, tokens, bucket, device, activations, result
-            )
-        return _chosen[key], True
+            name = _name(matmul, shape, bucket)
+            _chosen[key] = _kept(device, name) or _measured(name, device, ways, run)
+        return _chosen[key]
 
 
 def _measured(
-    shape: Shape,
-    tokens: int,
-    bucket: int,
-    device: torch.device,
-    activations: Callable[[Way], Tensor],
-    result: Callable[[Way, Tensor], Tensor],
+    name: str, device: torch.device, ways: Sequence[Way], run: Callable[[Way], Any]
 ) -> Way:
     began = time.perf_counter()
-    best = default(shape, tokens)
-    ups, downs = candidates(shape, tokens)
-    up = _fastest(ups, lambda each: activations(Way(each, best.down)))
-    best = Way(up or best.gate_up, best.down)
-    h = activations(best)
-    down = _fastest(downs, lambda each: result(Way(best.gate_up, each), h))
-    best = Way(best.gate_up, down or best.down)
-    log.info(
-        "measured experts %dx%d, %d of %d, up to %d tokens, in %.1f s: %s",
-        *(shape.hidden, shape.inner, shape.top_k, shape.experts, bucket),
-        time.perf_counter() - began,
-        best,
-    )
-    _keep(device, shape, bucket, best)
+    best = _fastest(ways, run) or ways[0]
+    log.info("measured %s in %.1f s: %s", name, time.perf_counter() - began, best)
+    _keep(device, name, best)
     return best
 
 
-def _fastest(ways: list[Tiles | str], run: Callable[[Tiles | str], Any]) -> Tiles | str | None:
+def _fastest(ways: Sequence[Way], run: Callable[[Way], Any]) -> Way | None:
     """By the median of rounds in which each runs once. None: none of them can run here."""
-    taken: dict[Tiles | str, list[float]] = {}
+    taken: dict[Way, list[float]] = {}
     for each in ways:
         try:
             run(each)  # compiles
@@ -140,21 +119,27 @@ def _seconds(run: Callable[[], Any]) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
-def default(shape: Shape, tokens: int) -> Way:
-    """Where nothing was measured: the first of the candidates."""
-    ups, downs = candidates(shape, tokens)
-    return Way(ups[0], downs[0])
-
-
-def candidates(shape: Shape, tokens: int) -> tuple[list[Tiles | str], list[Tiles | str]]:
-    """Ways for gate and up, and for down, the one that was mostly the fastest first."""
+def forward_ways(shape: Shape, tokens: int) -> tuple[list[Way], list[Way]]:
+    """For gate and up, and for down."""
     per_expert = tokens * shape.top_k / shape.experts
     ups, downs = next(both for most, *both in _TILES if per_expert <= most)
-    grouped: list[Tiles | str] = [GROUPED] if shape.grouped and per_expert > _FEW_ROWS else []
+    grouped: list[Way] = [GROUPED] if shape.grouped and per_expert > _FEW_ROWS else []
     return (
         [*_fitting(ups, shape, 2 if shape.gated else 1, shape.hidden), *grouped],
         [*_fitting(downs, shape, 1, shape.inner), *grouped],
     )
+
+
+def backward_ways(
+    tiles: Sequence[Tiles], shape: Shape, grouped: bool, described: bool
+) -> list[Way]:
+    """For a matmul of backward: of `BACK` or `GRAD`. grouped, described: torch's grouped matmul and
+    descriptors take its operands."""
+    size = getattr(torch, shape.dtype).itemsize
+    ways: list[Way] = [GROUPED] if grouped else []
+    if described:
+        ways += [each for each in tiles if _shared_memory(each, 1, size) <= shape.shared_memory]
+    return ways or [_BACK_SMALL]
 
 
 _FEW_ROWS = 96
@@ -198,6 +183,7 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
         96,
         [
             Tiles(128, 128, 64, 1, 8, 4, described=True),
+            Tiles(64, 128, 64, 8, 4, 4, described=True, joined=True),
             Tiles(128, 128, 64, 8, 8, 4),
             Tiles(64, 128, 64, 8, 4, 4, described=True),
             Tiles(64, 64, 64, 1, 4, 4),
@@ -212,10 +198,11 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
     (
         float("inf"),
         [
+            Tiles(128, 128, 64, 8, 8, 4, described=True, gathered=True, joined=True),
+            Tiles(128, 128, 64, 16, 8, 3, described=True, gathered=True, joined=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True, joined=True),
             Tiles(128, 128, 64, 1, 8, 4, described=True),
-            Tiles(128, 128, 64, 8, 8, 3, described=True),
-            Tiles(128, 128, 64, 16, 8, 3, described=True, gathered=True),
-            Tiles(128, 128, 64, 8, 8, 4, described=True, gathered=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True, gathered=True),
             Tiles(128, 128, 64, 8, 8, 3),
         ],
         [
@@ -230,18 +217,41 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
 """For up to so many rows of an expert: ways for gate and up, and for down, as measured on an H200
 for the shapes of Qwen3-30B-A3B, Mixtral 8x7B and an eighth of DeepSeek-V3."""
 
+_BACK_SMALL = Tiles(64, 64, 32, 4, 4, 3)
+"""Takes any operands, in backward."""
+BACK = [
+    Tiles(128, 256, 64, 8, 8, 4, described=True),
+    Tiles(128, 128, 64, 8, 4, 3, described=True),
+    Tiles(64, 128, 64, 8, 4, 4, described=True),
+]
+"""For the gradients of rows."""
+GRAD = [
+    Tiles(128, 256, 64, 8, 8, 3, described=True),
+    Tiles(128, 128, 64, 8, 8, 4, described=True),
+    Tiles(128, 128, 64, 8, 4, 3, described=True),
+    Tiles(256, 128, 64, 8, 8, 3, described=True),
+]
+"""For the gradients of tables: rows and columns of one, and rows that are summed at once."""
 
-def _fitting(tiles: list[Tiles], shape: Shape, matrices: int, depth: int) -> list[Tiles | str]:
+
+def _fitting(tiles: list[Tiles], shape: Shape, matrices: int, depth: int) -> list[Way]:
     """Those that the layer and the GPU take, `_SMALL` if there are none."""
     size = getattr(torch, shape.dtype).itemsize
-    found: list[Tiles | str] = [
+    found: list[Way] = [
         each
         for each in tiles
-        if (shape.described or not each.described)
+        if _takes(shape, each, matrices)
         and (depth % each.depth == 0 or each.depth <= _PADDED)
         and _shared_memory(each, matrices, size) <= shape.shared_memory
     ]
     return found or [_SMALL]
+
+
+def _takes(shape: Shape, tiles: Tiles, matrices: int) -> bool:
+    if tiles.joined:
+        return shape.joinable
+    described = shape.described and not (matrices == 2 and shape.alternates)
+    return described or not tiles.described
 
 
 _PADDED = 64
@@ -260,16 +270,14 @@ def _file(device: torch.device) -> Path:
     return cache / "moe_fx" / "cuda" / f"{name}-{versions}.json"
 
 
-def _name(shape: Shape, bucket: int) -> str:
-    return " ".join(f"{key}={value}" for key, value in {**asdict(shape), "tokens": bucket}.items())
+def _name(matmul: str, shape: Shape, bucket: int) -> str:
+    of = " ".join(f"{key}={value}" for key, value in {**asdict(shape), "tokens": bucket}.items())
+    return f"{matmul} {of}"
 
 
-def _kept(device: torch.device, shape: Shape, bucket: int) -> Way | None:
-    found = _read(_file(device)).get(_name(shape, bucket))
-    if found is None:
-        return None
-    up, down = (each if isinstance(each, str) else Tiles(*each) for each in found)
-    return Way(up, down)
+def _kept(device: torch.device, name: str) -> Way | None:
+    found = _read(_file(device)).get(name)
+    return found if found is None or isinstance(found, str) else Tiles(*found)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -283,14 +291,11 @@ def _read(file: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _keep(device: torch.device, shape: Shape, bucket: int, chosen: Way) -> None:
+def _keep(device: torch.device, name: str, chosen: Way) -> None:
     file = _file(device)
-    both = [
-        each if isinstance(each, str) else astuple(each) for each in (chosen.gate_up, chosen.down)
-    ]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = _read(file) | {_name(shape, bucket): both}
+        content = _read(file) | {name: chosen if isinstance(chosen, str) else astuple(chosen)}
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
             json.dump(content, written, indent=1)
         os.replace(written.name, file)

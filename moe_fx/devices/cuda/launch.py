@@ -1,41 +1,48 @@
 """Launches, recorded once and made again without Triton's own bookkeeping.
 
 A layer of few tokens takes the GPU less time than Triton takes the host to look at every argument
-of five launches. What a call launches, with which grids and numbers, follows from the shapes and
-strides of its tensors. So the first call of a kind is recorded (`recorded`), and later ones pass
-the addresses of their tensors to the same compiled kernels. All buffers in between are one
-allocation.
+of five launches, and so do the many short kernels of a backward. What a call launches, with which
+grids and numbers, follows from the shapes and strides of its tensors. So the first call of a kind
+is recorded (`recorded`), and later ones pass the addresses of their tensors to the same compiled
+kernels. torch's own kernels in between (`call`) are called as they were, on the same views.
 
 The key of a kind must say all that Triton specialises on: shapes, strides, dtypes, and whether
-addresses are multiples of 16 (`key_of`). A call that does something else (torch's own kernels,
-views of two inputs of one storage) is not recorded.
+addresses are multiples of 16 (`key_of`). A call that does something else (views of two inputs of
+one storage, a tensor that was neither given, nor made by `empty` or `call`) is not recorded.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kind", "empty", "key_of", "known", "launch", "not_recorded", "on", "recorded"]
+from moe_fx.devices.cuda.recording import Called, FromElsewhere, Kind, Launched, Recording, kind_of
+
+__all__ = [
+    *("call", "cast", "empty", "key_of", "known", "launch"),
+    *("not_recorded", "on", "paused", "recorded"),
+]
 
 _MOST = 1024
 """Kinds of calls that are kept."""
-_ALIGNED = 256
+RECORDED_ON = ("cuda",)
+"""Types of devices."""
 _active = threading.local()
+
+
+def _recording() -> Recording | None:
+    return getattr(_active, "recording", None)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer for kernels, not filled."""
     buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
-    recording = getattr(_active, "recording", None)
+    recording = _recording()
     if recording is not None:
         recording.buffers.append(buffer)
     return buffer
@@ -44,112 +51,43 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """``kernel[grid](*args, **constants)``."""
     compiled = kernel[grid](*args, **constants)
-    recording = getattr(_active, "recording", None)
+    recording = _recording()
     if recording is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
         ordered = [named[name] for name in kernel.arg_names]
-        recording.launches.append((compiled, grid, ordered))
+        recording.steps.append(Launched(compiled, grid, ordered))
+
+
+def call(function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    """``function(*args, **named)``, of torch; tensors are among ``args``. What it returns is new,
+    or the first of them, written in place."""
+    result = function(*args, **named)
+    recording = _recording()
+    if recording is not None:
+        recording.steps.append(Called(function, args, named, result))
+    return result
 
 
 def not_recorded() -> None:
-    """What is launched now cannot be launched again by its addresses alone."""
-    recording = getattr(_active, "recording", None)
+    """What this call does, later ones may do otherwise."""
+    recording = _recording()
     if recording is not None:
-        recording.whole = False
+        recording.stays = False
 
 
-@dataclass
-class _Recording:
-    whole: bool = True
-    buffers: list[Tensor] = field(default_factory=list)
-    launches: list[tuple[Any, tuple[int, ...], list[Any]]] = field(default_factory=list)
+@contextmanager
+def paused() -> Iterator[None]:
+    """What is launched and made here is none of the call that is recorded."""
+    outer, _active.recording = _recording(), None
+    try:
+        yield
+    finally:
+        _active.recording = outer
 
 
-@dataclass(frozen=True)
-class _Address:
-    """``offset`` bytes into a tensor: an input, a result, or the buffers in between."""
-
-    tensor: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Described:
-    """A descriptor of what stands at an address."""
-
-    address: _Address
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-    def of(self, tensors: Sequence[Tensor | None]) -> TensorDescriptor:
-        tensor = tensors[self.address.tensor]
-        assert tensor is not None
-        if tensor.dtype != self.dtype:
-            tensor = tensor.view(self.dtype)
-        skip = tensor.storage_offset() + self.address.offset // self.dtype.itemsize
-        viewed = tensor.as_strided(self.shape, self.strides, skip)
-        return TensorDescriptor(viewed, list(self.shape), list(self.strides), list(self.block))
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """run, head: Triton's launcher, and what it takes before the kernel's arguments but for the
-    stream. arguments: those, with None where ``addresses`` and ``described`` come in."""
-
-    run: Callable[..., None]
-    grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
-    arguments: tuple[Any, ...]
-    addresses: tuple[tuple[int, int, int], ...]
-    described: tuple[tuple[int, _Described], ...]
-
-    @classmethod
-    def of(cls, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> _Launch:
-        return cls(
-            compiled.run,
-            (*grid, 1, 1)[:3],  # type: ignore[arg-type]
-            compiled.function,
-            compiled.packed_metadata,
-            tuple(None if isinstance(a, _Address | _Described) else a for a in arguments),
-            tuple((at, *astuple(a)) for at, a in enumerate(arguments) if isinstance(a, _Address)),
-            tuple((at, a) for at, a in enumerate(arguments) if isinstance(a, _Described)),
-        )
-
-    def again(self, stream: int, begins: list[int], tensors: Sequence[Tensor | None]) -> None:
-        arguments = list(self.arguments)
-        for at, tensor, offset in self.addresses:
-            arguments[at] = begins[tensor] + offset
-        for at, described in self.described:
-            arguments[at] = described.of(tensors)
-        head = (*self.grid, stream, self.function, self.metadata, None, None, None)
-        self.run(*head, *arguments)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What calls of one kind launch. between: bytes of the buffers in between; results: shapes and
-    dtypes."""
-
-    between: int
-    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    launches: tuple[_Launch, ...]
-    device: torch.device
-
-    def again(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The results for ``inputs``. The current device must be theirs."""
-        device = self.device
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
-        tensors = [*inputs, *results]
-        if self.between:
-            tensors.append(torch.empty(self.between, dtype=torch.uint8, device=device))
-        begins = [0 if each is None else each.data_ptr() for each in tensors]
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        for each in self.launches:
-            each.again(stream, begins, tensors)
-        return tuple(results)
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``."""
+    return tensor if tensor.dtype == dtype else call(torch.Tensor.to, tensor, dtype)
 
 
 _kinds: dict[Hashable, Kind | None] = {}
@@ -180,92 +118,23 @@ def recorded(
     run: Callable[[], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
     """``run()``, a call of which nothing is `known`, recorded if it can be."""
-    if device.type != "cuda" or key in _kinds:
+    if device.type not in RECORDED_ON or key in _kinds:
         return run()
-    outer, _active.recording = getattr(_active, "recording", None), _Recording()
+    outer, _active.recording = _recording(), Recording()
     try:
         results = run()
-        recording: _Recording = _active.recording
+        recording: Recording = _active.recording
     finally:
         _active.recording = outer
+    if not recording.stays:
+        return results
     if len(_kinds) >= _MOST:
         _kinds.clear()
-    _kinds[key] = _kind(recording, inputs, results, device)
+    try:
+        _kinds[key] = kind_of(recording, inputs, results, device)
+    except FromElsewhere:
+        _kinds[key] = None
     return results
-
-
-def _kind(
-    recording: _Recording,
-    inputs: Sequence[Tensor | None],
-    results: Sequence[Tensor],
-    device: torch.device,
-) -> Kind | None:
-    places = _places(recording, inputs, results)
-    if not recording.whole or places is None:
-        return None
-    between = 0
-    for buffer in recording.buffers:
-        if not any(buffer is each for each in results):
-            between += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
-    launches = []
-    for compiled, grid, args in recording.launches:
-        made = [_recorded_argument(each, places) for each in args]
-        if any(each is NotImplemented for each in made):
-            return None
-        launches.append(_Launch.of(compiled, grid, made))
-    shapes = tuple((tuple(each.shape), each.dtype) for each in results)
-    return Kind(between, shapes, tuple(launches), device)
-
-
-Places = Mapping[int, tuple[_Address, int]]
-"""By address of a storage: where it is found again, and the address that the tensor begins at."""
-
-
-def _places(
-    recording: _Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]
-) -> Places | None:
-    """None: two inputs share a storage, or a result is no buffer of its own."""
-    places: dict[int, tuple[_Address, int]] = {}
-    for at, tensor in enumerate((*inputs, *results)):
-        if tensor is None or not tensor.numel():
-            continue
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in places:
-            return None
-        places[storage] = _Address(at, 0), tensor.data_ptr()
-    last, offset = len(inputs) + len(results), 0
-    for buffer in recording.buffers:
-        if any(buffer is each for each in results):
-            continue
-        places[buffer.untyped_storage().data_ptr()] = _Address(last, offset), buffer.data_ptr()
-        offset += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
-    return places
-
-
-def _recorded_argument(given: Any, places: Places) -> Any:
-    """NotImplemented: it is a tensor that comes from elsewhere."""
-    if isinstance(given, Tensor):
-        return _address(given, places)
-    if isinstance(given, TensorDescriptor):
-        address = _address(given.base, places)
-        if address is NotImplemented:
-            return address
-        return _Described(
-            address,
-            given.base.dtype,
-            tuple(given.shape),
-            tuple(given.strides),
-            tuple(given.block_shape),
-        )
-    return given
-
-
-def _address(tensor: Tensor, places: Places) -> Any:
-    found = places.get(tensor.untyped_storage().data_ptr())
-    if found is None:
-        return NotImplemented
-    (place, begin) = found
-    return _Address(place.tensor, place.offset + tensor.data_ptr() - begin)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_fx.devices.cuda.kernels.rows import Places
 from moe_fx.ops.fused import split_columns
 
-__all__ = ["Layer", "Shape", "can_group"]
+__all__ = ["Layer", "Shape", "can_describe", "can_group"]
 
 _GROUPED_ON = ((9, 0), (10, 0))
 """Compute capabilities where torch's grouped matmul (2.11 to 2.14) does not wait for the GPU:
@@ -42,6 +42,17 @@ class Shape:
     @property
     def gated(self) -> bool:
         return self.layout != "single"
+
+    @property
+    def joinable(self) -> bool:
+        """Descriptors fetch gate and up together."""
+        halves = self.layout in ("halves", "halves_up_first") and self.k_last[0]
+        return self.described and (halves or self.layout == "interleaved")
+
+    @property
+    def alternates(self) -> bool:
+        """Columns of gate and up do in memory: descriptors fetch them together only."""
+        return self.layout == "interleaved" and not self.k_last[0]
 
 
 @dataclass
@@ -85,6 +96,11 @@ class Layer:
     def body(self) -> tuple[str, float, float | None, float]:
         return self.act, self.alpha, self.limit, self.shift
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of the columns before the activation."""
+        return self.ids.numel(), self.places.width * (2 if self.places.gated else 1)
+
     @cached_property
     def places(self) -> Places:
         return Places.of(self.layout, self.down.shape[1])
@@ -112,9 +128,8 @@ class Layer:
     @property
     def shape(self) -> Shape:
         tables = [each for each in (self.gate_up, self.up, self.down) if each is not None]
-        aligned = all(
-            each.data_ptr() % 16 == 0 for each in (*tables, *self.halves) if each is not None
-        )
+        halves = () if self.layout == "interleaved" else self.halves
+        aligned = all(each.data_ptr() % 16 == 0 for each in (*tables, *halves) if each is not None)
         return _shape(
             self.top_k,
             self.layout,
@@ -138,7 +153,6 @@ def _shape(
     (experts, hidden, _), gate_strides = tables[0]
     (_, inner, _), down_strides = tables[-1]
     regular = aligned and all(_is_regular(strides, dtype.itemsize) for _, strides in tables)
-    alternates = layout == "interleaved" and gate_strides[1] != 1
     capability, shared_memory = _of_device(device)
     return Shape(
         experts=experts,
@@ -148,8 +162,11 @@ def _shape(
         layout=layout,
         dtype=str(dtype).removeprefix("torch."),
         k_last=(gate_strides[1] == 1, down_strides[1] == 1),
-        described=regular and capability >= _DESCRIBED_FROM and not alternates,
-        grouped=regular and dtype == torch.bfloat16 and capability in _GROUPED_ON,
+        described=regular and capability >= _DESCRIBED_FROM,
+        grouped=regular
+        and dtype == torch.bfloat16
+        and capability in _GROUPED_ON
+        and all(width * dtype.itemsize % 16 == 0 for width in (hidden, inner)),
         shared_memory=shared_memory,
     )
 
@@ -167,19 +184,27 @@ def _of_device(device: torch.device) -> tuple[tuple[int, int], int]:
 def _is_regular(strides: Sequence[int], size: int) -> bool:
     """One unit stride among the last two, others of 16 bytes."""
     others = [stride for stride in strides if stride != 1]
-    return 1 in strides[1:] and all(stride * size % 16 == 0 for stride in others)
+    return 1 in strides[-2:] and all(stride * size % 16 == 0 for stride in others)
 
 
 def can_group(*operands: Tensor) -> bool:
-    """Whether torch's grouped matmul takes them here without waiting for the GPU."""
+    """Whether torch's grouped matmul takes them here without waiting for the GPU, and lays out what
+    comes of it without gaps."""
     first = operands[0]
     if first.dtype != torch.bfloat16 or not first.is_cuda:
         return False
-    if _of_device(first.device)[0] not in _GROUPED_ON:
-        return False
-    return all(
-        each.data_ptr() % 16 == 0
-        and sum(stride == 1 for stride in each.stride()[-2:]) >= 1
-        and all(stride * 2 % 16 == 0 for stride in each.stride() if stride != 1)
-        for each in operands
+    return _of_device(first.device)[0] in _GROUPED_ON and _are_even(operands)
+
+
+def can_describe(*operands: Tensor) -> bool:
+    """Whether TMA takes them, and what comes of them, in tiles that are worth it."""
+    first = operands[0]
+    capability, _ = _of_device(first.device)
+    return capability >= _DESCRIBED_FROM and first.itemsize == 2 and _are_even(operands)
+
+
+def _are_even(operands: Sequence[Tensor]) -> bool:
+    columns = operands[-1].shape[-1] * operands[-1].itemsize
+    return columns % 16 == 0 and all(
+        each.data_ptr() % 16 == 0 and _is_regular(each.stride(), each.itemsize) for each in operands
     )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moe_fx.devices.cuda import choice
-from moe_fx.devices.cuda.choice import GROUPED, Way, candidates, default, way
+from moe_fx.devices.cuda import choice, launch
+from moe_fx.devices.cuda.choice import BACK, GRAD, GROUPED, Way, backward_ways, choose, forward_ways
 from moe_fx.devices.cuda.kernels.gemm import Tiles
 from moe_fx.devices.cuda.layer import Shape
 
@@ -28,9 +28,9 @@ shapes = st.builds(
     top_k=st.integers(1, 8),
     hidden=st.integers(1, 8192),
     inner=st.integers(1, 8192),
-    layout=st.sampled_from(["halves", "single"]),
+    layout=st.sampled_from(["halves", "interleaved", "separate", "single"]),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    k_last=st.just((True, True)),
+    k_last=st.tuples(st.booleans(), st.booleans()),
     described=st.booleans(),
     grouped=st.booleans(),
     shared_memory=st.sampled_from([49152, 101376, 166912, 232448]),
@@ -41,15 +41,25 @@ shapes = st.builds(
 def test_a_layer_always_has_kernels_that_its_gpu_takes(shape: Shape, tokens: int) -> None:
     size = getattr(torch, shape.dtype).itemsize
     for found, matrices in zip(
-        candidates(shape, tokens), (2 if shape.gated else 1, 1), strict=True
+        forward_ways(shape, tokens), (2 if shape.gated else 1, 1), strict=True
     ):
         tiles = [each for each in found if isinstance(each, Tiles)]
         assert tiles
         assert GROUPED not in found or shape.grouped
         for each in tiles:
             assert shape.described or not each.described
+            assert shape.joinable or not each.joined
             held = (each.rows + matrices * each.columns) * each.depth * size * each.stages
             assert held <= shape.shared_memory
+
+
+@given(shape=shapes, grouped=st.booleans(), described=st.booleans())
+def test_a_gradient_always_has_kernels(shape: Shape, grouped: bool, described: bool) -> None:
+    for tiles in (BACK, GRAD):
+        found = backward_ways(tiles, shape, grouped, described)
+        assert found
+        assert (GROUPED in found) == grouped
+        assert described or not any(each.described for each in found if isinstance(each, Tiles))
 
 
 @pytest.fixture
@@ -62,50 +72,65 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, shape: Shape, best: Way) -> tuple[Way, list[Way]]:
-    """What is chosen if these are the fastest, and all that ran."""
+WAYS: list[Way] = [*forward_ways(HOPPER, 4000)[0]]
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, best: Way, shape: Shape = HOPPER, matmul: str = "gate_up"
+) -> tuple[Way, list[Way]]:
+    """What is chosen if that is the fastest, and all that ran."""
     ran: list[Way] = []
     monkeypatch.setattr(choice, "_seconds", lambda run: run())
 
-    def activations(each: Way) -> Any:
-        ran.append(each)
-        return 1.0 if each.gate_up == best.gate_up else 2.0
+    def run(way: Way) -> Any:
+        ran.append(way)
+        return 1.0 if way == best else 2.0
 
-    def result(each: Way, _h: Any) -> Any:
-        ran.append(each)
-        return 1.0 if each.down == best.down else 2.0
-
-    found, stays = way(shape, 4000, GPU, activations, result)
-    assert stays
-    return found, ran
+    return choose(matmul, shape, 4000, GPU, WAYS, run), ran
 
 
 def test_the_fastest_is_taken_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ups, downs = candidates(HOPPER, 4000)
-    best = Way(ups[1], downs[-1])
-    found, ran = measured(monkeypatch, HOPPER, best)
-    assert found == best
-    assert {each.gate_up for each in ran} == set(ups)
-    assert {each.down for each in ran} >= set(downs)
-
-    monkeypatch.setattr(choice, "_chosen", {})  # another process
-    found, ran = measured(monkeypatch, HOPPER, best)
-    assert found == best
-    assert ran == []
-    _, ran = measured(monkeypatch, AMPERE, best)  # another layer
+    for best in (WAYS[2], GROUPED):
+        matmul = str(best)
+        found, ran = measured(monkeypatch, best, matmul=matmul)
+        assert found == best
+        assert set(ran) == set(WAYS)
+        monkeypatch.setattr(choice, "_chosen", {})  # another process
+        found, ran = measured(monkeypatch, best, matmul=matmul)
+        assert found == best
+        assert ran == []
+    _, ran = measured(monkeypatch, best, AMPERE)  # another layer
     assert ran
+
+
+def test_what_is_measured_is_not_recorded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_seconds", lambda run: run())
+    seen = []
+    empty = torch.zeros(4)
+
+    def run(way: Way) -> float:
+        launch.call(torch.clone, empty)
+        return 1.0
+
+    def recorded() -> tuple[Any, ...]:
+        choose("down", HOPPER, 4000, GPU, WAYS, run)
+        seen.append(launch._recording())
+        return (launch.call(torch.clone, empty),)
+
+    monkeypatch.setattr(launch, "_kinds", {})
+    launch.recorded("key", [empty], GPU, recorded)
+    assert len(seen[0].steps) == 1
 
 
 def test_a_file_that_cannot_be_read_is_said_and_measured_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    best = default(HOPPER, 4000)
-    measured(monkeypatch, HOPPER, best)
+    measured(monkeypatch, WAYS[0])
     (file,) = cache.glob("moe_fx/cuda/*.json")
     file.write_text("{")
     monkeypatch.setattr(choice, "_chosen", {})
     with caplog.at_level(logging.WARNING, "moe_fx"):
-        _, ran = measured(monkeypatch, HOPPER, best)
+        _, ran = measured(monkeypatch, WAYS[0])
     assert ran
     assert str(file) in caplog.text
 
@@ -120,7 +145,13 @@ def test_nothing_is_measured(cache: Path, monkeypatch: pytest.MonkeyPatch, why: 
     def never(*_: Any) -> Any:
         raise AssertionError
 
-    found, stays = way(HOPPER, 4000, GPU, never, never)
-    assert found == default(HOPPER, 4000)
-    assert stays == (why != "capture")  # a later call, outside of a capture, measures
+    monkeypatch.setattr(launch, "_kinds", {})
+    x = torch.zeros(4)
+
+    def call() -> tuple[Any, ...]:
+        assert choose("gate_up", HOPPER, 4000, GPU, WAYS, never) == WAYS[0]
+        return (launch.call(torch.clone, x),)
+
+    launch.recorded("key", [x], GPU, call)
+    assert ("key" in launch._kinds) == (why != "capture")  # a later call measures
     assert not list(cache.rglob("*.json"))

@@ -10,6 +10,7 @@ Learned from: Liger-Kernel `ops/fused_moe.py`, vLLM `fused_moe` (one tile map fo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from moe_fx.devices.cuda.kernels.activation import activated
 from moe_fx.devices.cuda.kernels.rows import Places, gather
 from moe_fx.devices.cuda.launch import empty, launch
 
-__all__ = ["Tiles", "down", "gate_up", "grad_table", "plain"]
+__all__ = ["Tiles", "down", "fetched", "gate_up", "plain", "precision"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Tiles:
     """How a matmul is cut: rows, columns and depth of a tile, row tiles that share columns, warps,
     stages in flight. described: matrices are fetched by descriptors (TMA, from Hopper on), of
     `gate_up` those of experts only. gathered: the tokens are gathered beforehand, and fetched by
-    descriptors too."""
+    descriptors too. joined: gate and up, of one table, are one product of twice the columns
+    (Hopper's widest, which reads rows once for both)."""
 
     rows: int
     columns: int
@@ -41,6 +43,7 @@ class Tiles:
     stages: int
     described: bool = False
     gathered: bool = False
+    joined: bool = False
 
 
 @triton.jit
@@ -107,12 +110,26 @@ def _matrix(
 
 
 @triton.jit
+def _both(
+    w, expert, n, k, BN: tl.constexpr, BK: tl.constexpr, JOINED: tl.constexpr, K_LAST: tl.constexpr
+):
+    """``[BK, 2 * BN]`` of the expert's matrix, gate and up as they stand in the table."""
+    if JOINED != "interleaved":
+        both = tl.trans(tl.reshape(w.load([expert, 0, n, k]), (2 * BN, BK)))
+    elif K_LAST:
+        both = tl.trans(tl.reshape(w.load([expert, 2 * n, k]), (2 * BN, BK)))
+    else:
+        both = tl.reshape(w.load([expert, k, 2 * n]), (BK, 2 * BN))
+    return both
+
+
+@triton.jit
 def _gate_up(
     x, order, ends, gate, up, gate_bias, up_bias, out, columns_out,
     E, N, K, sx, se, sn, sk, sbe, sbn,
     GATHERS: tl.constexpr, FETCHES: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
-    OG: tl.constexpr, OU: tl.constexpr, SC: tl.constexpr,
+    GATED: tl.constexpr, JOINED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr,
+    STEP: tl.constexpr, OG: tl.constexpr, OU: tl.constexpr, SC: tl.constexpr,
     ACT: tl.constexpr, alpha: tl.constexpr, LIMITED: tl.constexpr, limit: tl.constexpr,
     shift: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,8 +148,8 @@ def _gate_up(
     n = column_tile * BN
     columns = n + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    g = tl.zeros((BM, BN), tl.float32)
-    u = tl.zeros((BM, BN), tl.float32)
+    g = tl.zeros((BM, BN if JOINED == "" else 2 * BN), tl.float32)
+    u = g
     for k in range(0, K, BK):
         if FETCHES:
             a = x.load([first, k])
@@ -142,11 +159,20 @@ def _gate_up(
                 a = tl.load(at, mask=real[:, None], other=0.0)
             else:
                 a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
-        b = _matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+        if JOINED == "":
+            b = _matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+        else:
+            b = _both(gate, expert, n, k, BN, BK, JOINED, K_LAST)
         g = tl.dot(a, b, g, input_precision=PRECISION)
-        if GATED:
+        if GATED and JOINED == "":
             b = _matrix(up, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
             u = tl.dot(a, b, u, input_precision=PRECISION)
+    if JOINED == "interleaved":
+        g, u = tl.split(tl.reshape(g, (BM, BN, 2)))
+    elif JOINED == "halves":
+        g, u = tl.split(tl.permute(tl.reshape(g, (BM, 2, BN)), (0, 2, 1)))
+    elif JOINED == "halves_up_first":
+        u, g = tl.split(tl.permute(tl.reshape(g, (BM, 2, BN)), (0, 2, 1)))
     if BIASED:
         place = expert * sbe + columns * sbn
         g += tl.load(gate_bias + place, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -171,7 +197,7 @@ def _gate_up(
 @triton.jit
 def _down(
     h, order, ends, weights, table, bias, out,
-    E, N, K, S, se, sn, sk, sbe,
+    E, N, K, se, sn, sk, sbe,
     BE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, DESCRIBED: tl.constexpr,
     K_LAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
@@ -216,7 +242,22 @@ def _described(table: Tensor, tiles: Tiles, k_last: bool) -> TensorDescriptor:
     return TensorDescriptor(table, list(table.shape), list(table.stride()), block)
 
 
-def _fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
+def _described_whole(table: Tensor, tiles: Tiles, layout: str) -> TensorDescriptor:
+    """Of gate and up ``[E, K, 2 * I]``; halves have the summed dimension last."""
+    columns = 2 * tiles.columns
+    if layout == "interleaved":
+        return _described(table, dataclasses.replace(tiles, columns=columns), table.stride(1) == 1)
+    experts, depth, both = table.shape
+    expert, _, step = table.stride()
+    return TensorDescriptor(
+        table.transpose(1, 2),
+        [experts, 2, both // 2, depth],
+        [expert, both // 2 * step, step, 1],
+        [1, 2, tiles.columns, tiles.depth],
+    )
+
+
+def fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
     """Of ``[S, K]``. A tile may reach into the next expert's rows: what comes of those is not
     stored."""
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tiles.rows, tiles.depth])
@@ -227,7 +268,7 @@ def _grid(pairs: int, experts: int, columns: int, tiles: Tiles) -> tuple[int]:
     return (row_tiles * triton.cdiv(columns, tiles.columns),)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -236,7 +277,7 @@ def _shared(tiles: Tiles, inner: int, outer: int, table: Tensor) -> dict[str, An
         "DESCRIBED": tiles.described,
         "K_LAST": table.stride(1) == 1,
         "EVEN": inner % tiles.depth == 0 and outer % tiles.columns == 0,
-        "PRECISION": _precision(table.dtype),
+        "PRECISION": precision(table.dtype),
         "BM": tiles.rows,
         "BN": tiles.columns,
         "BK": tiles.depth,
@@ -258,12 +299,15 @@ def gate_up(
     body: tuple[str, float, float | None, float],
     tiles: Tiles,
     places: Places,
+    whole: Tensor,
+    layout: str,
     columns: Tensor | None = None,
 ) -> Tensor:
     """``[S, I]`` activations of rows sorted by expert.
 
-    gate, up: ``[E, H, I]`` of the same strides; biases ``[E, I]`` the same. body: act, alpha, limit
-    and shift. columns ``[S, N]``: gets what comes before the activation, where ``places`` says.
+    gate, up: ``[E, H, I]`` of the same strides; biases ``[E, I]`` the same. whole: the table of
+    which they are views, if there is one, of that layout. body: act, alpha, limit and shift.
+    columns ``[S, N]``: gets what comes before the activation, where ``places`` says.
     """
     experts, depth, outer = gate.shape
     pairs = order.numel()
@@ -271,12 +315,14 @@ def gate_up(
     shared = _shared(tiles, depth, outer, gate)
     second = gate if up is None else up
     tables: list[Any] = [gate, second]
-    if tiles.described:
+    if tiles.joined:
+        tables = [_described_whole(whole, tiles, layout), None]
+    elif tiles.described:
         tables = [_described(each, tiles, shared["K_LAST"]) for each in tables]
     read: Any = tokens
     if tiles.gathered:
         rows = gather(tokens, order, ends, top_k)
-        read = _fetched(rows, tiles)
+        read = fetched(rows, tiles)
     act, alpha, limit, shift = body
     bias_strides = gate_bias.stride() if gate_bias is not None else (0, 0)
     launch(
@@ -286,8 +332,9 @@ def gate_up(
         *bias_strides,
         GATHERS=not tiles.gathered, FETCHES=tiles.gathered,
         TOP_K=top_k, BE=triton.next_power_of_2(experts), GATED=up is not None,
-        BIASED=gate_bias is not None, KEPT=columns is not None, STEP=places.step,
-        OG=places.gate, OU=places.up, SC=columns.shape[1] if columns is not None else 0,
+        JOINED=layout if tiles.joined else "", BIASED=gate_bias is not None,
+        KEPT=columns is not None, STEP=places.step, OG=places.gate, OU=places.up,
+        SC=columns.shape[1] if columns is not None else 0,
         ACT=act, alpha=alpha, LIMITED=limit is not None, limit=limit or 0.0, shift=shift, **shared,
     )  # fmt: skip
     return out
@@ -311,12 +358,12 @@ def down(
     rows: Any = h
     matrices: Any = table
     if tiles.described:
-        rows = _fetched(h, tiles)
+        rows = fetched(h, tiles)
         matrices = _described(table, tiles, shared["K_LAST"])
     launch(
         _down, _grid(pairs, experts, outer, tiles),
         rows, order, ends, weights, matrices, bias, out,
-        experts, outer, depth, pairs, table.stride(0), table.stride(2), table.stride(1),
+        experts, outer, depth, table.stride(0), table.stride(2), table.stride(1),
         bias.stride(0) if bias is not None else 0,
         BE=triton.next_power_of_2(experts), WEIGHTED=weights is not None, BIASED=bias is not None,
         **shared,
@@ -324,59 +371,20 @@ def down(
     return out
 
 
-@triton.jit
-def _grad_table(
-    left, right, ends, out, K, N, sl, sr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1)
-    columns = tl.cdiv(N, BN)
-    k = tl.program_id(0) // columns * BM + tl.arange(0, BM)
-    n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
-    end = tl.load(ends + expert)
-    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(begin, end, BK):
-        row = start + tl.arange(0, BK)
-        real = row < end
-        at = row.to(tl.int64)
-        a = tl.load(left + at[None, :] * sl + k[:, None], mask=real[None, :] & (k < K)[:, None],
-                    other=0.0)  # fmt: skip
-        b = tl.load(right + at[:, None] * sr + n[None, :], mask=real[:, None] & (n < N)[None, :],
-                    other=0.0)  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    at = out + expert.to(tl.int64) * K * N + k[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(k < K)[:, None] & (n < N)[None, :])
-
-
-_PLAIN = Tiles(64, 64, 32, 4, 4, 3)
-
-
-def plain(rows: Tensor, table: Tensor, ends: Tensor) -> Tensor:
+def plain(rows: Tensor, table: Tensor, ends: Tensor, tiles: Tiles) -> Tensor:
     """``[S, N]``: rows sorted by expert times their expert's matrix of ``[E, K, N]``."""
     experts, depth, outer = table.shape
     out = empty((rows.shape[0], outer), rows.dtype, rows.device)
+    shared = _shared(tiles, depth, outer, table)
+    read, matrix = rows, table
+    if tiles.described:
+        read, matrix = fetched(rows, tiles), _described(table, tiles, shared["K_LAST"])
     launch(
-        _gate_up, _grid(rows.shape[0], experts, outer, _PLAIN),
-        rows, ends, ends, table, table, None, None, out, None,
+        _gate_up, _grid(rows.shape[0], experts, outer, tiles),
+        read, ends, ends, matrix, None, None, None, out, None,
         experts, outer, depth, rows.stride(0), table.stride(0), table.stride(2), table.stride(1),
-        0, 0, GATHERS=False, FETCHES=False, TOP_K=1, BE=triton.next_power_of_2(experts),
-        GATED=False, BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0,
-        ACT="none", alpha=1.0, LIMITED=False, limit=0.0, shift=0.0,
-        **_shared(_PLAIN, depth, outer, table),
-    )  # fmt: skip
-    return out
-
-
-def grad_table(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """``[E, K, N]``: each expert's rows of ``left [S, K]``, transposed, times those of ``right
-    [S, N]``."""
-    experts, depth, outer = len(ends), left.shape[1], right.shape[1]
-    out = empty((experts, depth, outer), left.dtype, left.device)
-    grid = (triton.cdiv(depth, 64) * triton.cdiv(outer, 64), experts)
-    launch(
-        _grad_table, grid,
-        left, right, ends, out, depth, outer, left.stride(0), right.stride(0),
-        PRECISION=_precision(left.dtype), BM=64, BN=64, BK=32,
+        0, 0, GATHERS=False, FETCHES=tiles.described, TOP_K=1, BE=triton.next_power_of_2(experts),
+        GATED=False, JOINED="", BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0,
+        ACT="none", alpha=1.0, LIMITED=False, limit=0.0, shift=0.0, **shared,
     )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_fx.devices.cuda.kernels.activation import activated, sloped
-from moe_fx.devices.cuda.launch import empty, launch
+from moe_fx.devices.cuda.launch import call, empty, launch
 
 __all__ = ["Places", "activate", "add_bias_products", "bias_sums", "gather", "slope", "total"]
 
@@ -85,7 +85,7 @@ def _activate(
         experts = tl.arange(0, BE)
         end = tl.load(ends + experts, mask=experts < E, other=0)
         expert = tl.sum(((end <= row) & (experts < E)).to(tl.int32), 0)
-        found = real & (expert < E)
+        found = n < tl.where(expert < E, N, 0)
         place = expert * sbe + n * sbn
         g += tl.load(gate_bias + place, mask=found, other=0.0).to(tl.float32)
         tl.store(at + OG, g.to(dtype), mask=real)
@@ -147,10 +147,11 @@ def _total(
         found = place >= 0
         if not MAPPED:
             place = pair
-        row = tl.load(rows + place * N + n, mask=real & found, other=0.0).to(tl.float32)
+        kept = n < tl.where(found, N, 0)
+        row = tl.load(rows + place * N + n, mask=kept, other=0.0).to(tl.float32)
         if BIASED:
             expert = tl.load(ids + pair)
-            row += tl.load(bias + expert * sb + n, mask=real & found, other=0.0).to(tl.float32)
+            row += tl.load(bias + expert * sb + n, mask=kept, other=0.0).to(tl.float32)
         if WEIGHTED:
             row = row * tl.load(weights + pair).to(tl.float32)
         acc += tl.where(found, row, 0.0)
@@ -256,7 +257,7 @@ def slope(
     grad_columns = empty(columns.shape, columns.dtype, columns.device)
     products = None
     if weights is not None:
-        products = torch.zeros(pairs, dtype=torch.float32, device=back.device)
+        products = call(torch.zeros, pairs, dtype=torch.float32, device=back.device)
     act, alpha, limit, shift = body
     launch(
         _slope, (pairs,),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_fx.devices.cuda.launch import empty, launch
+from moe_fx.devices.cuda.launch import call, empty, launch
 
 __all__ = ["inverse", "sort_pairs"]
 
@@ -152,7 +152,7 @@ def sort_pairs(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def _inverse(order, end, row_map, S, B: tl.constexpr):
+def _inverse(order, end, row_map, B: tl.constexpr):
     place = tl.program_id(0) * B + tl.arange(0, B)
     used = place < tl.load(end)
     pair = tl.load(order + place, mask=used, other=0)
@@ -161,6 +161,6 @@ def _inverse(order, end, row_map, S, B: tl.constexpr):
 
 def inverse(order: Tensor, ends: Tensor) -> Tensor:
     """``row_map`` of `sort_pairs` again."""
-    row_map = torch.full_like(order, -1)
-    launch(_inverse, (triton.cdiv(len(order), 256),), order, ends[-1:], row_map, len(order), 256)
+    row_map = call(torch.full_like, order, -1)
+    launch(_inverse, (triton.cdiv(len(order), 256),), order, ends[-1:], row_map, 256)
     return row_map

@@ -1,0 +1,344 @@
+"""What a call did on a GPU, made again for other tensors of the same shapes.
+
+A recording (`launch`) is a list of launches and of calls of torch's kernels, with the tensors that
+they got. `kind_of` says for each of those where a later call finds its own: at so many bytes of an
+input, of a buffer or of what a call returned. Small buffers are one allocation; the others, and
+results of calls, are allocated when they are first used and freed when they were last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_fx.compat import autocast_off
+
+__all__ = ["Called", "FromElsewhere", "Kind", "Launched", "Recording", "kind_of"]
+
+_ALIGNED = 256
+_PACKED = 1 << 20
+"""Bytes of a buffer, from which on it is allocated by itself, for as long as it is used."""
+
+
+class FromElsewhere(Exception):
+    """A tensor of which it is not known where a later call finds its own."""
+
+
+@dataclass
+class Launched:
+    compiled: Any
+    grid: tuple[int, ...]
+    args: Sequence[Any]
+
+
+@dataclass
+class Called:
+    function: Callable[..., Tensor]
+    args: Sequence[Any]
+    named: dict[str, Any]
+    result: Tensor
+
+
+@dataclass
+class Recording:
+    """All tensors are kept, so that no two of them have the same address. stays: later calls do the
+    same."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+    steps: list[Launched | Called] = field(default_factory=list)
+    stays: bool = True
+
+
+@dataclass
+class _Now:
+    """A call that is made again. tensors, begins: by slot, what stands there and its address."""
+
+    stream: int
+    device: torch.device
+    tensors: list[Tensor | None]
+    begins: list[int]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What begins ``offset`` bytes into a slot's tensor. shape, strides: of it; None: it is the
+    slot's tensor itself."""
+
+    slot: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+    strides: tuple[int, ...]
+
+    def of(self, now: _Now) -> Tensor:
+        tensor = now.tensors[self.slot]
+        assert tensor is not None
+        if self.shape is None:
+            return tensor
+        if tensor.dtype != self.dtype:
+            tensor = tensor.view(self.dtype)
+        skip = tensor.storage_offset() + self.offset // self.dtype.itemsize
+        return tensor.as_strided(self.shape, self.strides, skip)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A descriptor of a view."""
+
+    view: _View
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
+
+    def of(self, now: _Now) -> TensorDescriptor:
+        return TensorDescriptor(self.view.of(now), self.shape, self.strides, self.block)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """run, head: Triton's launcher, and what it takes before the kernel's arguments but for the
+    stream. arguments: those, with None where ``addresses`` (place, slot, offset) and ``described``
+    come in."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    arguments: tuple[Any, ...]
+    addresses: tuple[tuple[int, int, int], ...]
+    described: tuple[tuple[int, _Described], ...]
+
+    @classmethod
+    def of(cls, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> _Launch:
+        views = [(at, a) for at, a in enumerate(arguments) if isinstance(a, _View)]
+        return cls(
+            compiled.run,
+            (*grid, 1, 1)[:3],  # type: ignore[arg-type]
+            compiled.function,
+            compiled.packed_metadata,
+            tuple(None if isinstance(a, _View | _Described) else a for a in arguments),
+            tuple((at, view.slot, view.offset) for at, view in views),
+            tuple((at, a) for at, a in enumerate(arguments) if isinstance(a, _Described)),
+        )
+
+    def again(self, now: _Now) -> None:
+        arguments = list(self.arguments)
+        begins = now.begins
+        for at, slot, offset in self.addresses:
+            arguments[at] = begins[slot] + offset
+        for at, described in self.described:
+            arguments[at] = described.of(now)
+        head = (*self.grid, now.stream, self.function, self.metadata, None, None, None)
+        self.run(*head, *arguments)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """slot: of the result, None where it was there before."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    slot: int | None
+
+    def again(self, now: _Now) -> None:
+        arguments = [a.of(now) if isinstance(a, _View) else a for a in self.arguments]
+        result = self.function(*arguments, **self.named)
+        if self.slot is not None:
+            now.tensors[self.slot] = result
+            now.begins[self.slot] = result.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Allocate:
+    slot: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def again(self, now: _Now) -> None:
+        made = torch.empty(self.shape, dtype=self.dtype, device=now.device)
+        now.tensors[self.slot] = made
+        now.begins[self.slot] = made.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Free:
+    slot: int
+
+    def again(self, now: _Now) -> None:
+        now.tensors[self.slot] = None
+
+
+_Step = _Launch | _Call | _Allocate | _Free
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What calls of one kind do, within ``context``. made: slots behind those of the inputs;
+    results: where they are found at the end, or the shape and dtype of one that holds nothing."""
+
+    steps: tuple[_Step, ...]
+    made: int
+    results: tuple[_View | tuple[tuple[int, ...], torch.dtype], ...]
+    device: torch.device
+    context: Callable[[], AbstractContextManager[object]]
+
+    def again(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The results for ``inputs``. The current device must be theirs."""
+        now = _Now(
+            driver.active.get_current_stream(self.device.index),
+            self.device,
+            [*inputs, *[None] * self.made],
+            [0 if each is None else each.data_ptr() for each in inputs] + [0] * self.made,
+        )
+        with self.context():
+            for step in self.steps:
+                step.again(now)
+        return tuple(
+            each.of(now)
+            if isinstance(each, _View)
+            else torch.empty(each[0], dtype=each[1], device=self.device)
+            for each in self.results
+        )
+
+
+def kind_of(
+    recording: Recording,
+    inputs: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    device: torch.device,
+) -> Kind:
+    """What calls do of which one was recorded. Raises `FromElsewhere`."""
+    return _Recorder(recording, inputs, results).kind(device)
+
+
+class _Recorder:
+    """Makes a `Kind` of a recording."""
+
+    def __init__(
+        self, recording: Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]
+    ) -> None:
+        self.recording, self.inputs, self.results = recording, inputs, results
+        self.steps: list[_Step] = []
+        self.slots: list[Tensor | None] = list(inputs)
+        self.places: dict[int, tuple[int, int]] = {}
+        """By address of a storage: the slot, and the address that the slot's tensor begins at; of
+        packed buffers, what makes the difference to it the offset."""
+        for slot, tensor in enumerate(inputs):
+            if tensor is not None and tensor.numel():
+                storage = tensor.untyped_storage().data_ptr()
+                if storage in self.places:
+                    raise FromElsewhere
+                self.places[storage] = slot, tensor.data_ptr()
+
+    def kind(self, device: torch.device) -> Kind:
+        self._place_buffers()
+        for step in self.recording.steps:
+            if isinstance(step, Launched):
+                arguments = [self._argument(each) for each in step.args]
+                self.steps.append(_Launch.of(step.compiled, step.grid, arguments))
+            else:
+                self._add_call(step)
+        results = tuple(
+            self._view(each) if each.numel() else (tuple(each.shape), each.dtype)
+            for each in self.results
+        )
+        kept = {each.slot for each in results if isinstance(each, _View)}
+        steps = _freed(self.steps, range(len(self.inputs), len(self.slots)), kept)
+        calls = any(isinstance(step, _Call) for step in steps)
+        made = len(self.slots) - len(self.inputs)
+        return Kind(tuple(steps), made, results, device, autocast_off if calls else nullcontext)
+
+    def _new_slot(self, tensor: Tensor) -> int:
+        self.slots.append(tensor)
+        self.places[tensor.untyped_storage().data_ptr()] = len(self.slots) - 1, tensor.data_ptr()
+        return len(self.slots) - 1
+
+    def _place_buffers(self) -> None:
+        """Gives each buffer a slot of its own, or a place in the slot of all small ones."""
+        seen = [*self.results]
+        for step in self.recording.steps:
+            if isinstance(step, Called):
+                seen.extend(each for each in step.args if isinstance(each, Tensor))
+        alone = {each.untyped_storage().data_ptr() for each in seen}
+        packed, size = len(self.slots), 0
+        self.slots.append(None)
+        for buffer in self.recording.buffers:
+            storage = buffer.untyped_storage().data_ptr()
+            if storage in alone or buffer.nbytes >= _PACKED:
+                slot = self._new_slot(buffer)
+                self.steps.append(_Allocate(slot, tuple(buffer.shape), buffer.dtype))
+            else:
+                self.places[storage] = packed, buffer.data_ptr() - size
+                size += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
+        if size:
+            self.steps.insert(0, _Allocate(packed, (size,), torch.uint8))
+
+    def _add_call(self, step: Called) -> None:
+        arguments = tuple(self._argument(each) for each in step.args)
+        known = step.result.untyped_storage().data_ptr() in self.places
+        slot = None if known else self._new_slot(step.result)
+        self.steps.append(_Call(step.function, arguments, step.named, slot))
+
+    def _argument(self, given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return self._view(given)
+        if isinstance(given, TensorDescriptor):
+            return _Described(
+                self._view(given.base),
+                list(given.shape),
+                list(given.strides),
+                list(given.block_shape),
+            )
+        return given
+
+    def _view(self, tensor: Tensor) -> _View:
+        found = self.places.get(tensor.untyped_storage().data_ptr())
+        if found is None:
+            raise FromElsewhere
+        slot, begin = found
+        offset, strides = tensor.data_ptr() - begin, tensor.stride()
+        whole = self.slots[slot]
+        if whole is not None and not offset and _alike(whole, tensor):
+            return _View(slot, 0, tensor.dtype, None, strides)
+        return _View(slot, offset, tensor.dtype, tuple(tensor.shape), strides)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+def _used(step: _Step) -> set[int]:
+    """Slots that a step reads or writes."""
+    if isinstance(step, _Launch):
+        slots = {slot for _, slot, _ in step.addresses}
+        return slots | {each.view.slot for _, each in step.described}
+    if isinstance(step, _Call):
+        return {each.slot for each in step.arguments if isinstance(each, _View)} | (
+            set() if step.slot is None else {step.slot}
+        )
+    return {step.slot}
+
+
+def _freed(steps: Sequence[_Step], made: range, kept: set[int]) -> list[_Step]:
+    """Every buffer allocated just before its first use, and freed just behind its last."""
+    allocations = {step.slot: step for step in steps if isinstance(step, _Allocate)}
+    order: list[_Step] = []
+    last = {slot: at for at, step in enumerate(steps) for slot in _used(step)}
+    for at, step in enumerate(steps):
+        if isinstance(step, _Allocate):
+            continue
+        used = sorted(_used(step))
+        order.extend(allocations.pop(slot) for slot in used if slot in allocations)
+        order.append(step)
+        order.extend(
+            _Free(slot) for slot in used if slot in made and slot not in kept and last[slot] == at
+        )
+    return [*allocations.values(), *order]
