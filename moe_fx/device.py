@@ -14,13 +14,15 @@ class Device:
     """The answers of a device that runs the dialect's own kernels, as CPUs and GPUs do.
 
     lowers: in the graphs that the base compiler runs, dialect ops become ops of the device.
-    fuses_routers: the device has an op that scores and selects. fuses_experts: it has kernels for a
-    local layer's experts whole (`moe_fx.ops.fused`). takes_mc2: it has the ops of strategy "mc2",
-    which are then the first choice where all ranks have as many tokens.
+    fuses_routers: the device has an op that scores and selects; trains_routers: also where it is
+    differentiated. fuses_experts: it has kernels for a local layer's experts whole
+    (`moe_fx.ops.fused`). takes_mc2: it has the ops of strategy "mc2", which are then the first
+    choice where all ranks have as many tokens.
     """
 
     lowers: bool = False
     fuses_routers: bool = False
+    trains_routers: bool = False
     fuses_experts: bool = False
     takes_mc2: bool = False
 

@@ -22,7 +22,7 @@
 | ``distribute`` / ``collect`` | all of the way to the experts / and back, in one op (MC2) |
 | ``exchange`` / ``keep`` | an exchange in one op / keeps buffers from being freed |
 | ``remember`` | the same ids, kept from forward for backward (`moe_fx.capture.recompute`) |
-| ``gating_top_k`` | as ``route``, whole (inference) |
+| ``gating_top_k`` | as ``route``, whole; ``gating_top_k_training``: with gradients |
 | ``grouped_mm`` | each expert's rows times that expert's weight |
 | ``grouped_mm_list`` | the same, the weights being tensors of their own |
 | ``fused_experts`` | a local layer's experts whole: rows, matmuls, activation, weighted sum |

@@ -77,7 +77,8 @@ def gating_top_k_in_aten(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``route``, in one op that a lowering finds: softmax scores are not renormalised, sigmoid ones
-    are, as by ``torch_npu.npu_moe_gating_top_k``. Has no gradients."""
+    are, as by ``torch_npu.npu_moe_gating_top_k``. Has no gradients but as
+    ``gating_top_k_training``."""
     groups = (num_groups, topk_group, group_score)
     return gating_top_k(logits, k, score, select_bias, *groups, score == "sigmoid", eps, scale)
 
@@ -85,6 +86,29 @@ def gating_top_k_in_aten(
 def _gating_top_k_fake(logits: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _gating_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.score, (ctx.eps, ctx.scale) = inputs[2], inputs[-2:]
+
+
+def _gating_backward(ctx: Any, grad: Tensor, _grad_ids: Any) -> tuple[Any, ...]:
+    """The scores are computed again: of softmax of all experts, of sigmoid of the selected."""
+    logits, ids = ctx.saved_tensors
+    grad = grad * ctx.scale
+    if ctx.score == "softmax":
+        scores = logits.float().softmax(-1)
+        own = scores.gather(-1, ids) * grad
+        grads = torch.zeros_like(scores).scatter(-1, ids, own) - scores * own.sum(-1, keepdim=True)
+    else:
+        scores = logits.gather(-1, ids).float().sigmoid()
+        total = scores.sum(-1, keepdim=True) + ctx.eps
+        mean = (scores * grad).sum(-1, keepdim=True) / total
+        own = (grad - mean) / total * scores * (1 - scores)
+        grads = torch.zeros_like(logits, dtype=own.dtype).scatter(-1, ids, own)
+    return grads.to(logits.dtype), *[None] * 8
 
 
 def _expert_counts(ids: Tensor, num_experts: int) -> Tensor:
@@ -293,11 +317,17 @@ define_composite(
     "float scale=1.0) -> (Tensor weights, Tensor ids)",
     gating_top_k,
 )
+_GATING = (
+    "(Tensor logits, int k, str score, Tensor? select_bias, int num_groups, int topk_group, "
+    "str group_score, float eps, float scale) -> (Tensor weights, Tensor ids)"
+)
+define(f"gating_top_k{_GATING}", gating_top_k_in_aten, _gating_top_k_fake)
 define(
-    "gating_top_k(Tensor logits, int k, str score, Tensor? select_bias, int num_groups, "
-    "int topk_group, str group_score, float eps, float scale) -> (Tensor weights, Tensor ids)",
+    f"gating_top_k_training{_GATING}",
     gating_top_k_in_aten,
     _gating_top_k_fake,
+    backward=_gating_backward,
+    setup_context=_gating_setup,
 )
 define("expert_counts(Tensor ids, int num_experts) -> Tensor", _expert_counts, _expert_counts_fake)
 define(

@@ -2,7 +2,8 @@
 
 Contract. In: verified regions whose router's description gave the captured weights and ids by value
 (`router.py`). Out: the same graph with weights and ids from ``gating_top_k`` and what follows from
-the description. For graphs that are not differentiated: the op has no gradients.
+the description. Graphs that are differentiated get ``gating_top_k_training``, the same op with
+gradients, where the device is one that gains by it.
 
 Pseudo-code::
 
@@ -35,7 +36,8 @@ _EPS = 1e-20
 
 class FuseRouter(Pass):
     def _apply(self, module: GraphModule, context: Context) -> PassResult:
-        if not context.device.fuses_routers or context.training:
+        device = context.device
+        if not (device.trains_routers if context.training else device.fuses_routers):
             return PassResult(module, changed=False)
         changed = False
         for at, region in enumerate(context.regions):
@@ -44,7 +46,7 @@ class FuseRouter(Pass):
                 kept = Lowered("router", (), region.parts.select.name, region.source, reason)
                 context.report.lowered.append(kept)
             else:
-                context.regions[at] = _fused(region, module)
+                context.regions[at] = _fused(region, module, context.training)
                 changed = True
         return PassResult(module, changed)
 
@@ -81,14 +83,14 @@ _DEFAULTS = {f.name: f.default for f in fields(Router) if f.name not in _TAKEN}
 """Fields of a router that the op has nothing for."""
 
 
-def _fused(region: Region, module: GraphModule) -> Region:
+def _fused(region: Region, module: GraphModule, training: bool) -> Region:
     parts, router = region.parts, region.router
     assert parts.gate is not None and parts.weights is not None
     graph = module.graph
     sigmoid = router.score == "sigmoid"
     with graph.inserting_before(parts.select):
         gated = graph.call_function(
-            ops.gating_top_k.default,
+            ops.gating_top_k_training.default if training else ops.gating_top_k.default,
             (
                 parts.gate.logits,
                 region.top_k,

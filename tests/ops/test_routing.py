@@ -85,6 +85,21 @@ def test_route_passes_opcheck(router: str) -> None:
     opcheck(ops.route, (torch.randn(5, 8, requires_grad=True), 3), ROUTERS[router])
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gating_top_k_training_has_the_gradients_of_route(score: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 8, requires_grad=True)
+    groups = (torch.linspace(-1, 1, 8), 4, 2, "top2")
+    renormalise = score == "sigmoid"
+    weights, ids = ops.gating_top_k_training(logits, 3, score, *groups, 1e-20, 2.5)
+    right, right_ids = ops.route(logits, 3, score, *groups, renormalise, 1e-20, 2.5)
+    assert torch.equal(ids, right_ids)
+    grad = torch.randn_like(weights)
+    made, expected = (torch.autograd.grad(each, logits, grad)[0] for each in (weights, right))
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-7)
+    opcheck(ops.gating_top_k_training, (logits, 3, score, *groups, 1e-20, 2.5))
+
+
 def test_route_softmax_takes_the_likeliest_experts_and_their_probabilities() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 8, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ def is_for_cuda(options: Options, inputs: Sequence[Any]) -> bool:
 class Cuda(Plain):
     @classmethod
     def of(cls) -> Cuda:
-        return cls(fuses_experts=True, fuses_routers=True)
+        return cls(fuses_experts=True, fuses_routers=True, trains_routers=True)
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

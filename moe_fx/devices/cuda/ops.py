@@ -54,3 +54,4 @@ if HAS_TRITON:
     bring("fused_experts_training", "CUDA", _forward_training)
     bring("fused_experts_backward", "CUDA", _backward)
     bring("gating_top_k", "CUDA", _gate)
+    bring("gating_top_k_training", "CUDA", _gate)

@@ -15,25 +15,29 @@ from moe_fx.passes import ANALYSIS, Context, for_ranks
 from moe_fx.passes.rewrite.fuse_router import FuseRouter
 from moe_fx.passes.rewrite.rewrite import Rewrite
 from moe_fx.report import Report
-from tests.passes.graphs import BLOCKS, block, captured, tokens
+from tests.passes.graphs import BLOCKS, block, captured, relative_error, tokens
 
 GATE = torch.ops.moe_fx.gating_top_k.default
+TRAINED = torch.ops.moe_fx.gating_top_k_training.default
 
 
 def fused(
-    module: GraphModule, fuses: bool = True, training: bool = False, report: Report | None = None
+    module: GraphModule,
+    fuses: bool = True,
+    training: bool = False,
+    report: Report | None = None,
+    trains: bool = False,
 ) -> GraphModule:
-    context = Context(
-        Options(), report or Report(), training=training, device=Device(fuses_routers=fuses)
-    )
+    device = Device(fuses_routers=fuses, trains_routers=trains)
+    context = Context(Options(), report or Report(), training=training, device=device)
     for step in for_ranks(1, passes=(*ANALYSIS, FuseRouter(), Rewrite())):
         module = step(module, context).module
     assert context.regions, context.report.declined
     return module
 
 
-def gates(module: GraphModule) -> list[Any]:
-    return module.graph.find_nodes(op="call_function", target=GATE)
+def gates(module: GraphModule, gate: Any = GATE) -> list[Any]:
+    return module.graph.find_nodes(op="call_function", target=gate)
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -50,6 +54,24 @@ def test_not_in_training_and_not_unless_asked() -> None:
     case = captured(block("qwen3_moe"), tokens(1, 13, 64))
     assert gates(fused(case.module, fuses=False)) == []
     assert gates(fused(case.module, training=True)) == []
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_in_training_gradients_are_those_of_the_captured_router(family: str) -> None:
+    case = captured(block(family), tokens(1, 13, 64))
+    module = fused(case.module, training=True, trains=True)
+    assert len(gates(module, TRAINED)) == 1
+    found = []
+    for program in (module, case.module):
+        leaves = [
+            each.detach().clone().requires_grad_(each.is_floating_point()) for each in case.inputs
+        ]
+        differentiated = [each for each in leaves if each.requires_grad]
+        result = program(*leaves)[0].square().sum()
+        found.append(torch.autograd.grad(result, differentiated, allow_unused=True))
+    for made, right in zip(*found, strict=True):
+        assert made is not None or right is None
+        assert right is None or relative_error(made, right) < 1e-5
 
 
 class Grouped(nn.Module):
