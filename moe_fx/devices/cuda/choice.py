@@ -124,6 +124,8 @@ def forward_ways(shape: Shape, tokens: int) -> tuple[list[Way], list[Way]]:
     per_expert = tokens * shape.top_k / shape.experts
     ups, downs = next(both for most, *both in _TILES if per_expert <= most)
     grouped: list[Way] = [GROUPED] if shape.grouped and per_expert > _FEW_ROWS else []
+    if shape.alternates:  # else every second element is fetched, twice
+        ups = sorted(ups, key=lambda tiles: not tiles.joined)
     return (
         [*_fitting(ups, shape, 2 if shape.gated else 1, shape.hidden), *grouped],
         [*_fitting(downs, shape, 1, shape.inner), *grouped],
@@ -155,6 +157,8 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
             Tiles(16, 32, 256, 1, 4, 3),
             Tiles(16, 64, 128, 1, 2, 4),
             Tiles(16, 64, 64, 1, 4, 5),
+            Tiles(16, 64, 64, 1, 4, 4, described=True, joined=True),
+            Tiles(16, 32, 64, 1, 4, 5, described=True, joined=True),
         ],
         [
             Tiles(16, 64, 128, 1, 2, 4),
@@ -171,6 +175,8 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
             Tiles(64, 128, 64, 1, 4, 4),
             Tiles(32, 128, 64, 1, 4, 5),
             Tiles(16, 128, 128, 1, 4, 3),
+            Tiles(32, 64, 64, 1, 4, 4, described=True, joined=True),
+            Tiles(64, 64, 64, 8, 4, 4, described=True, joined=True),
         ],
         [
             Tiles(32, 128, 128, 1, 4, 3),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -137,11 +137,8 @@ def recorded(
     return results
 
 
-@contextmanager
-def on(tensor: Tensor) -> Iterator[None]:
+def on(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

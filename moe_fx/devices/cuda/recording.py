@@ -25,6 +25,8 @@ __all__ = ["Called", "FromElsewhere", "Kind", "Launched", "Recording", "kind_of"
 _ALIGNED = 256
 _PACKED = 1 << 20
 """Bytes of a buffer, from which on it is allocated by itself, for as long as it is used."""
+_MOST_ADDRESSES = 256
+"""Of which a launch keeps descriptors."""
 
 
 class FromElsewhere(Exception):
@@ -89,16 +91,41 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Described:
-    """A descriptor of a view."""
+class _Base:
+    """Stands in for a tensor in a descriptor, of which launchers ask no more than this. (A tensor
+    would keep its memory.)"""
 
-    view: _View
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A descriptor of what begins ``offset`` bytes into a slot's tensor. made: by address, as to
+    make and check one takes the host longer than a launch."""
+
+    slot: int
+    offset: int
+    dtype: torch.dtype
     shape: list[int]
     strides: list[int]
     block: list[int]
+    made: dict[int, TensorDescriptor] = field(default_factory=dict)
 
     def of(self, now: _Now) -> TensorDescriptor:
-        return TensorDescriptor(self.view.of(now), self.shape, self.strides, self.block)
+        address = now.begins[self.slot] + self.offset
+        made = self.made.get(address)
+        if made is None:
+            if len(self.made) >= _MOST_ADDRESSES:
+                self.made.clear()
+            made = TensorDescriptor(
+                _Base(address, self.dtype), self.shape, self.strides, self.block
+            )
+            self.made[address] = made
+        return made
 
 
 @dataclass(frozen=True)
@@ -291,8 +318,11 @@ class _Recorder:
         if isinstance(given, Tensor):
             return self._view(given)
         if isinstance(given, TensorDescriptor):
+            view = self._view(given.base)
             return _Described(
-                self._view(given.base),
+                view.slot,
+                view.offset,
+                view.dtype,
                 list(given.shape),
                 list(given.strides),
                 list(given.block_shape),
@@ -319,7 +349,7 @@ def _used(step: _Step) -> set[int]:
     """Slots that a step reads or writes."""
     if isinstance(step, _Launch):
         slots = {slot for _, slot, _ in step.addresses}
-        return slots | {each.view.slot for _, each in step.described}
+        return slots | {each.slot for _, each in step.described}
     if isinstance(step, _Call):
         return {each.slot for each in step.arguments if isinstance(each, _View)} | (
             set() if step.slot is None else {step.slot}

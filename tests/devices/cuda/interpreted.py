@@ -36,7 +36,7 @@ def _at(given: Any, like: Any) -> Any:
     """A tensor as ``like`` at an address. Each has a storage of its own, as the interpreter takes
     those of one address for one."""
     if isinstance(given, TensorDescriptor):
-        base = _at(given.base.data_ptr(), given.base)
+        base = _at(given.base.data_ptr(), like.base)
         return TensorDescriptor(base, given.shape, given.strides, given.block_shape)
     if not isinstance(like, Tensor):
         return given
@@ -59,13 +59,14 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) ->
 @contextmanager
 def recorded_here() -> Iterator[None]:
     """Calls are recorded, and torch's grouped matmul taken, on the CPU too."""
-    from moe_fx.devices.cuda.kernels import gemm, grad, rows, sort
+    from moe_fx.devices.cuda.kernels import gate, gemm, grad, rows, sort
 
     driver = mock.Mock(active=mock.Mock(get_current_stream=lambda _: 0))
     with (
         mock.patch.object(launch, "RECORDED_ON", ("cpu",)),
         mock.patch.object(recording, "driver", driver),
         mock.patch.object(grad, "launch", _launch),
+        mock.patch.object(gate, "launch", _launch),
         mock.patch.object(gemm, "launch", _launch),
         mock.patch.object(rows, "launch", _launch),
         mock.patch.object(sort, "launch", _launch),

@@ -53,6 +53,14 @@ def test_a_layer_always_has_kernels_that_its_gpu_takes(shape: Shape, tokens: int
             assert held <= shape.shared_memory
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 256, 4000])
+def test_columns_that_alternate_in_memory_are_fetched_together(tokens: int) -> None:
+    shape = replace(HOPPER, layout="interleaved", k_last=(False, False))
+    first = forward_ways(shape, tokens)[0][0]
+    assert isinstance(first, Tiles)
+    assert first.joined
+
+
 @given(shape=shapes, grouped=st.booleans(), described=st.booleans())
 def test_a_gradient_always_has_kernels(shape: Shape, grouped: bool, described: bool) -> None:
     for tiles in (BACK, GRAD):
