@@ -124,10 +124,12 @@ def forward_ways(shape: Shape, tokens: int) -> tuple[list[Way], list[Way]]:
     per_expert = tokens * shape.top_k / shape.experts
     ups, downs = next(both for most, *both in _TILES if per_expert <= most)
     grouped: list[Way] = [GROUPED] if shape.grouped and per_expert > _FEW_ROWS else []
-    if shape.alternates:  # else every second element is fetched, twice
+    together = grouped
+    if shape.alternates:  # other kernels fetch every second element, twice
         ups = sorted(ups, key=lambda tiles: not tiles.joined)
+        together = [GROUPED] if shape.grouped else []
     return (
-        [*_fitting(ups, shape, 2 if shape.gated else 1, shape.hidden), *grouped],
+        [*_fitting(ups, shape, 2 if shape.gated else 1, shape.hidden), *together],
         [*_fitting(downs, shape, 1, shape.inner), *grouped],
     )
 

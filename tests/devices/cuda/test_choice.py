@@ -56,9 +56,10 @@ def test_a_layer_always_has_kernels_that_its_gpu_takes(shape: Shape, tokens: int
 @pytest.mark.parametrize("tokens", [1, 64, 256, 4000])
 def test_columns_that_alternate_in_memory_are_fetched_together(tokens: int) -> None:
     shape = replace(HOPPER, layout="interleaved", k_last=(False, False))
-    first = forward_ways(shape, tokens)[0][0]
+    first, *others = forward_ways(shape, tokens)[0]
     assert isinstance(first, Tiles)
     assert first.joined
+    assert GROUPED in others
 
 
 @given(shape=shapes, grouped=st.booleans(), described=st.booleans())
