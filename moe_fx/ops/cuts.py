@@ -18,11 +18,15 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import NOBODY
+
+Counts = npt.NDArray[np.int64]
 
 
 def shares(chunks: int) -> list[int]:
@@ -41,43 +45,45 @@ def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tenso
     least: no expert is cut into less than so many rows. The rank that receives most gets chunks of
     twice as many, or there are fewer.
     """
-    host = counts.cpu()
-    world = host.shape[0]
-    by_owner = host.view(world, world, -1)  # source, owner, local expert
+    world = counts.shape[0]
+    by_owner = counts.cpu().numpy().astype(np.int64).reshape(world, world, -1)
     busiest = int(by_owner.sum((0, 2)).max())
     chunks_used = max(1, min(chunks, busiest // (2 * least)))
     upto = by_owner.cumsum(2)
-    cuts = _cuts(by_owner.sum(0), by_owner, upto, chunks_used, least)
+    cuts = _cuts(by_owner, upto, chunks_used, least)
     unused = len(shares(chunks)) - len(shares(chunks_used))
-    cuts = torch.cat([cuts, cuts[..., -1:].expand(-1, -1, unused)], 2)
-    pieces = cuts.diff(dim=2)  # source, owner, piece
-    sizes = torch.stack([pieces[rank].t(), pieces[:, rank].t()], 1).contiguous()
+    cuts = np.concatenate([cuts, np.repeat(cuts[..., -1:], unused, 2)], 2)
+    pieces = np.diff(cuts, axis=2)  # source, owner, piece
+    sizes = np.stack([pieces[rank].T, pieces[:, rank].T], 1)
     sizes[len(sizes) - unused :] = NOBODY
-    begins, ends = (cuts[:, rank, part].t().unsqueeze(2) for part in (slice(-1), slice(1, None)))
+    begins, ends = (cuts[:, rank, part].T[:, :, None] for part in (slice(-1), slice(1, None)))
     own = upto[:, rank]
-    overlap = torch.minimum(ends, own) - torch.maximum(begins, own - by_owner[:, rank])
-    received = overlap.clamp_(min=0).contiguous()
-    return sizes, received, received.sum(1).to(counts.device)
+    overlap = np.minimum(ends, own) - np.maximum(begins, own - by_owner[:, rank])
+    received = torch.from_numpy(np.maximum(overlap, 0))
+    return torch.from_numpy(sizes), received, received.sum(1).to(counts.device)
 
 
-def _cuts(totals: Tensor, by_owner: Tensor, upto: Tensor, chunks: int, least: int) -> Tensor:
-    """``[W, W, C + 1]``: of the rows from a source to an owner, how many are before each cut."""
+def _cuts(by_owner: Counts, upto: Counts, chunks: int, least: int) -> Counts:
+    """``[W, W, C + 1]``: of the rows from a source to an owner, how many are before each cut. In
+    NumPy: dozens of small steps."""
+    totals = by_owner.sum(0)
     ends = totals.cumsum(1)
     rows = ends[:, -1:]
-    parts = list(itertools.accumulate(shares(chunks)))[:-1]
-    wanted = rows * torch.tensor(parts, dtype=torch.int64) // (2 * chunks)
-    slack = (rows // (4 * chunks)).clamp(min=least)
-    expert = torch.searchsorted(ends, wanted, right=True).clamp_(max=totals.shape[1] - 1)
-    of_expert = totals.gather(1, expert)
-    before = wanted - (ends - totals).gather(1, expert)
+    parts = np.array(list(itertools.accumulate(shares(chunks)))[:-1], dtype=np.int64)
+    wanted = rows * parts // (2 * chunks)
+    slack = np.maximum(rows // (4 * chunks), least)
+    found = (ends[:, None, :] <= wanted[:, :, None]).sum(2)
+    expert = np.minimum(found, totals.shape[1] - 1)
+    of_expert = np.take_along_axis(totals, expert, 1)
+    before = wanted - np.take_along_axis(ends - totals, expert, 1)
     behind = of_expert - before
-    torn = torch.minimum(before, behind) >= slack
-    before = torch.where(torn, before, torch.where(before <= behind, 0, of_expert))
-    expert = expert.expand(len(totals), *expert.shape)
-    rows_of_expert = by_owner.gather(2, expert)
-    inner = upto.gather(2, expert) - rows_of_expert
-    inner += rows_of_expert * before // of_expert.clamp(min=1)
-    return torch.cat([torch.zeros_like(upto[..., :1]), inner, upto[..., -1:]], 2)
+    torn = np.minimum(before, behind) >= slack
+    before = np.where(torn, before, np.where(before <= behind, 0, of_expert))
+    expert = np.broadcast_to(expert, (len(totals), *expert.shape))
+    rows_of_expert = np.take_along_axis(by_owner, expert, 2)
+    inner = np.take_along_axis(upto, expert, 2) - rows_of_expert
+    inner = inner + rows_of_expert * before // np.maximum(of_expert, 1)
+    return np.concatenate([np.zeros_like(upto[..., :1]), inner, upto[..., -1:]], 2)
 
 
 def _cut_rows_fake(

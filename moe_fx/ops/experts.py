@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from moe_fx.ops._define import define
 
+Array = npt.NDArray[np.integer[Any]]
 _ALIGNMENT_BYTES = 16
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,16 +26,25 @@ def _regroup(rows: Tensor, recv_counts: Tensor) -> tuple[Tensor, Tensor]:
     moves as a block, so nothing is sorted. Of counts on the host it is computed there: a device
     would take a launch for each of a dozen small steps.
     """
-    order, row_map = _moved_blocks(recv_counts, rows.shape[0])
-    if order.device != rows.device:
-        pinned = torch.empty((2, len(order)), dtype=torch.int32, pin_memory=True)
-        pinned[0], pinned[1] = row_map, order
+    num_rows = rows.shape[0]
+    if recv_counts.device == rows.device:
+        order, row_map = _moved_blocks(recv_counts, num_rows)
+    else:
+        pinned = torch.empty((2, num_rows), dtype=torch.int32, pin_memory=True)
+        pinned.numpy()[0], pinned.numpy()[1] = reversed(_moved_on_host(recv_counts, num_rows))
         row_map, order = pinned.to(rows.device, non_blocking=True)
     return rows.index_select(0, order), row_map
 
 
 def _moved_blocks(recv_counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """(the row that each place gets, the place that each row gets)."""
+    if recv_counts.device.type == "cpu":
+        order, row_map = _moved_on_host(recv_counts, num_rows)
+        return torch.from_numpy(order), torch.from_numpy(row_map)
+    return _moved_on_device(recv_counts, num_rows)
+
+
+def _moved_on_device(recv_counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     lengths = recv_counts.t().reshape(-1)
     starts = _exclusive_cumsum(recv_counts.reshape(-1)).view_as(recv_counts).t().reshape(-1)
     shift = starts - _exclusive_cumsum(lengths)
@@ -41,6 +53,21 @@ def _moved_blocks(recv_counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     row_map = torch.empty_like(order, dtype=torch.int32)
     row_map[order] = position.to(torch.int32)
     return order, row_map
+
+
+def _moved_on_host(recv_counts: Tensor, num_rows: int) -> tuple[Array, Array]:
+    """`_moved_blocks` in NumPy, int64 and int32. ATen shares so many numbers out among threads,
+    which takes far longer where other processes have as many."""
+    counts = recv_counts.numpy().astype(np.int64)
+    if counts.sum() != num_rows:
+        raise RuntimeError(f"moe_fx::regroup: counts of {counts.sum()} rows, {num_rows} arrived")
+    lengths = counts.T.ravel()
+    starts = (counts.cumsum() - counts.ravel()).reshape(counts.shape)
+    shift = starts.T.ravel() - (lengths.cumsum() - lengths)
+    position = np.arange(num_rows)
+    order = position + np.repeat(shift, lengths)
+    back = shift.reshape(counts.T.shape).T.ravel()
+    return order, (position - np.repeat(back, counts.ravel())).astype(np.int32)
 
 
 def _exclusive_cumsum(counts: Tensor) -> Tensor:

@@ -125,6 +125,33 @@ def test_regroup_accepts_counts_that_are_a_view() -> None:
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+@property_test
+@given(received())
+def test_where_rows_go_is_the_same_by_the_host_and_by_a_device(counts: Tensor) -> None:
+    number = int(counts.sum())
+    by_host = experts._moved_on_host(counts, number)
+    for one, other in zip(by_host, experts._moved_on_device(counts, number), strict=True):
+        assert torch.equal(torch.from_numpy(one), other)
+
+
+def test_where_rows_go_is_computed_on_the_host_without_atens_threads() -> None:
+    """Processes with as many threads each made that 60 times slower."""
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), given: Any = None) -> Any:
+            assert op is torch.ops.aten.detach.default  # a view, of `Tensor.numpy`
+            return op(*args)
+
+    number = int(COUNTS.sum())
+    with Nothing():
+        experts._moved_on_host(COUNTS, number)
+
+
+def test_rows_that_are_not_as_many_as_counted_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=f"counts of {int(COUNTS.sum())} rows, 3 arrived"):
+        ops.regroup(torch.randn(3, 2), COUNTS)
+
+
 # -- grouped_mm ------------------------------------------------------------------------------------
 
 
