@@ -43,7 +43,6 @@ _SECONDS = 0.1
 """For all ways to run one matmul, about, once they are compiled."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 
-
 Way = Tiles | str
 """The tiles of our kernel, or `GROUPED`."""
 
@@ -65,7 +64,7 @@ def choose(
     bucket = triton.next_power_of_2(tokens)
     key = (device.index, matmul, shape, bucket)
     found = _chosen.get(key)
-    if found is not None:
+    if found is not None and found in ways:
         return found
     if os.environ.get("MOE_FX_TUNE") == "0":
         return ways[0]
@@ -73,9 +72,12 @@ def choose(
         not_recorded()
         return ways[0]
     with _lock, paused():
-        if key not in _chosen:
+        if _chosen.get(key) not in ways:
             name = _name(matmul, shape, bucket)
-            _chosen[key] = _kept(device, name) or _measured(name, device, ways, run)
+            kept = _kept(device, name)
+            if kept is None or kept not in ways:
+                kept = _measured(name, device, ways, run)
+            _chosen[key] = kept
         return _chosen[key]
 
 
