@@ -19,12 +19,9 @@ from moe_fx.devices.cuda.kernels import gemm, rows, sort
 from moe_fx.devices.cuda.kernels.gemm import Tiles
 from moe_fx.devices.cuda.kernels.grad import grad_table
 from moe_fx.devices.cuda.launch import call, cast, key_of, known, on, recorded
-from moe_fx.devices.cuda.layer import Layer, can_describe, can_group
+from moe_fx.devices.cuda.layer import TENSORS, Layer, can_describe, can_group
 
 __all__ = ["backward"]
-
-_TENSORS = 9
-"""The layer's first arguments."""
 
 
 def _laid_out(made: Tensor, table: Tensor) -> Tensor:
@@ -36,7 +33,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """``moe_fx::fused_experts_backward``."""
     *of_layer, needed = args
-    inputs, body = (grad, columns, order, ends, *of_layer[:_TENSORS]), of_layer[_TENSORS:]
+    inputs, body = (grad, columns, order, ends, *of_layer[:TENSORS]), of_layer[TENSORS:]
     key = ("backward", key_of(inputs), *body, *needed)
     with on(grad):
         kind = known(key)

@@ -21,12 +21,9 @@ from moe_fx.compat import autocast_off
 from moe_fx.devices.cuda.choice import Way, choose, forward_ways
 from moe_fx.devices.cuda.kernels import gemm, rows, sort
 from moe_fx.devices.cuda.launch import call, empty, key_of, known, on, recorded
-from moe_fx.devices.cuda.layer import Layer
+from moe_fx.devices.cuda.layer import TENSORS, Layer
 
 __all__ = ["forward", "forward_training"]
-
-_TENSORS = 9
-"""The op's first arguments."""
 
 
 @dataclass
@@ -104,7 +101,7 @@ def forward_training(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fused(args: tuple[Any, ...], trains: bool) -> tuple[Tensor, ...]:
-    inputs, body = args[:_TENSORS], args[_TENSORS:]
+    inputs, body = args[:TENSORS], args[TENSORS:]
     key = (trains, key_of(inputs), body)
     with on(inputs[0]):
         kind = known(key)

@@ -13,7 +13,10 @@ from torch import Tensor
 from moe_fx.devices.cuda.kernels.rows import Places
 from moe_fx.ops.fused import split_columns
 
-__all__ = ["Layer", "Shape", "can_describe", "can_group"]
+__all__ = ["TENSORS", "Layer", "Shape", "can_describe", "can_group"]
+
+TENSORS = 9
+"""The first of a layer's arguments are."""
 
 _GROUPED_ON = ((9, 0), (10, 0))
 """Compute capabilities where torch's grouped matmul (2.11 to 2.14) does not wait for the GPU:

@@ -24,7 +24,7 @@ from moe_fx.devices.cuda.kernels.activation import activated
 from moe_fx.devices.cuda.kernels.rows import Places, gather
 from moe_fx.devices.cuda.launch import empty, launch
 
-__all__ = ["Tiles", "down", "fetched", "gate_up", "plain", "precision"]
+__all__ = ["Tiles", "down", "gate_up", "plain", "precision"]
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _described(table: Tensor, tiles: Tiles, k_last: bool) -> TensorDescriptor:
     if k_last:
         table = table.transpose(1, 2)
     block = [1, tiles.columns, tiles.depth] if k_last else [1, tiles.depth, tiles.columns]
-    return TensorDescriptor(table, list(table.shape), list(table.stride()), block)
+    return TensorDescriptor.from_tensor(table, block)
 
 
 def _described_whole(table: Tensor, tiles: Tiles, layout: str) -> TensorDescriptor:
@@ -257,10 +257,10 @@ def _described_whole(table: Tensor, tiles: Tiles, layout: str) -> TensorDescript
     )
 
 
-def fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
+def _fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
     """Of ``[S, K]``. A tile may reach into the next expert's rows: what comes of those is not
     stored."""
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tiles.rows, tiles.depth])
+    return TensorDescriptor.from_tensor(rows, [tiles.rows, tiles.depth])
 
 
 def _grid(pairs: int, experts: int, columns: int, tiles: Tiles) -> tuple[int]:
@@ -322,7 +322,7 @@ def gate_up(
     read: Any = tokens
     if tiles.gathered:
         rows = gather(tokens, order, ends, top_k)
-        read = fetched(rows, tiles)
+        read = _fetched(rows, tiles)
     act, alpha, limit, shift = body
     bias_strides = gate_bias.stride() if gate_bias is not None else (0, 0)
     launch(
@@ -358,7 +358,7 @@ def down(
     rows: Any = h
     matrices: Any = table
     if tiles.described:
-        rows = fetched(h, tiles)
+        rows = _fetched(h, tiles)
         matrices = _described(table, tiles, shared["K_LAST"])
     launch(
         _down, _grid(pairs, experts, outer, tiles),
@@ -378,7 +378,7 @@ def plain(rows: Tensor, table: Tensor, ends: Tensor, tiles: Tiles) -> Tensor:
     shared = _shared(tiles, depth, outer, table)
     read, matrix = rows, table
     if tiles.described:
-        read, matrix = fetched(rows, tiles), _described(table, tiles, shared["K_LAST"])
+        read, matrix = _fetched(rows, tiles), _described(table, tiles, shared["K_LAST"])
     launch(
         _gate_up, _grid(rows.shape[0], experts, outer, tiles),
         read, ends, ends, matrix, None, None, None, out, None,

@@ -77,10 +77,11 @@ def grad_table(left: Tensor, right: Tensor, ends: Tensor, tiles: Tiles) -> Tenso
     written: Any = out
     fetched: list[Any] = [None, None]
     if tiles.described:
-        written = _described(out, [1, tiles.rows, tiles.columns])
+        described = TensorDescriptor.from_tensor
+        written = described(out, [1, tiles.rows, tiles.columns])
         fetched = [
-            _described(left, [tiles.depth, tiles.rows]),
-            _described(right, [tiles.depth, tiles.columns]),
+            described(left, [tiles.depth, tiles.rows]),
+            described(right, [tiles.depth, tiles.columns]),
         ]
     launch(
         _grad_table, grid,
@@ -90,7 +91,3 @@ def grad_table(left: Tensor, right: Tensor, ends: Tensor, tiles: Tiles) -> Tenso
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
-
-
-def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
