@@ -59,8 +59,13 @@ def _cut_rows(counts: Tensor, rank: int, chunks: int, least: int) -> tuple[Tenso
     begins, ends = (cuts[:, rank, part].T[:, :, None] for part in (slice(-1), slice(1, None)))
     own = upto[:, rank]
     overlap = np.minimum(ends, own) - np.maximum(begins, own - by_owner[:, rank])
-    received = torch.from_numpy(np.maximum(overlap, 0))
-    return torch.from_numpy(sizes), received, received.sum(1).to(counts.device)
+    received = _tensor(np.maximum(overlap, 0))
+    return _tensor(sizes), received, received.sum(1).to(counts.device)
+
+
+def _tensor(counts: Counts) -> Tensor:
+    """Of strides as the fake kernel says: NumPy keeps those of transposed operands."""
+    return torch.from_numpy(np.ascontiguousarray(counts))
 
 
 def _cuts(by_owner: Counts, upto: Counts, chunks: int, least: int) -> Counts:

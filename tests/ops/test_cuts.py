@@ -140,3 +140,11 @@ def test_opcheck(tokens: int) -> None:
     values = torch.randn(tokens, 3, requires_grad=True)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(ops.permute_cut, (values, ids, sizes), test_utils=utils)
+
+
+@pytest.mark.parametrize(("world", "experts", "chunks"), [(2, 4, 4), (3, 6, 1), (4, 12, 8)])
+def test_opcheck_of_several_ranks(world: int, experts: int, chunks: int) -> None:
+    """With as few ranks as one, strides say nothing: Inductor's code checks them."""
+    counts = torch.arange(world * experts).view(world, experts) * 7
+    for rank in range(world):
+        opcheck(ops.cut_rows, (counts, rank, chunks, 1))
