@@ -25,7 +25,9 @@ from moe_fx.wrong_options import describe
 
 Verification = Literal["off", "compile", "always"]
 Overlap = Literal["auto", "off"]
-Strategy = Literal["auto", "alltoall", "padded_alltoall", "allgather", "mc2", "gather_weights"]
+Strategy = Literal[
+    "auto", "alltoall", "padded_alltoall", "allgather", "direct", "mc2", "gather_weights"
+]
 Overflow = Literal["error", "drop"]
 Lower = Literal["auto", "off", "npu", "cuda"]
 

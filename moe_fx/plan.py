@@ -59,7 +59,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Fused:
-    """That a local layer's experts are one op, and what it is told of them (`moe_fx.ops.fused`).
+    """That a rank's experts are one op, and what it is told of them (`moe_fx.ops.fused`).
 
     up_first: of two tables for gate and up, the graph multiplies by that of up first. trains: the
     op keeps what its backward reads.
@@ -81,7 +81,9 @@ class ExchangePlan:
     strategy: "local" (one rank: nothing travels); "alltoall" (rows go to their experts' ranks, in
         exact split sizes, one host sync); "padded_alltoall" (the same in equal parts, by capacity);
         "allgather" (every rank gets all tokens, computes its experts' share of each result, and the
-        shares are summed where the token is); "mc2" (Ascend's: one op sends, one fetches and sums);
+        shares are summed where the token is); "direct" (each token goes once to every rank that has
+        one of its experts, to a place that both know, and one row comes back); "mc2"
+        (Ascend's: one op sends, one fetches and sums);
         "gather_weights" (the weights travel, as captured).
     group_name, world_size, rank: the expert-parallel group.
     num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on.
@@ -91,7 +93,7 @@ class ExchangePlan:
         and the last in halves (`moe_fx.ops.cuts`). least_rows: no expert is cut into less.
     capacity_factor, drop: of a strategy with buffers of fixed size (`moe_fx.ops.padded`).
     predicted: what the cost model expects, where it chose (overlap="auto").
-    fused: of "local", that all of the layer behind the router is one op; None: it is not.
+    fused: of "local" and "direct", that the experts are one op; None: they are not.
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """
@@ -140,6 +142,7 @@ class ExchangePlan:
         if self.strategy == "local":
             return self.strategy if self.fused is None else f"{self.strategy}, fused"
         text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts"
+        text += ", fused" * (self.fused is not None)
         if self.capacity_factor is not None:
             text += f", capacity factor {self.capacity_factor:g}" + ", drops" * self.drop
         if self.chunks > 1:

@@ -96,6 +96,13 @@ class Layer:
         """Experts of one rank that a token can select."""
         return min(self.top_k, self.local_experts)
 
+    @property
+    def reached(self) -> float:
+        """The expected share of the ranks that have one of a token's experts, these being drawn
+        evenly."""
+        others, top_k = self.num_experts - self.local_experts, self.top_k
+        return 1 - math.comb(others, top_k) / math.comb(self.num_experts, top_k)
+
     def fill(self, capacity_factor: float | None) -> float:
         """The share of a buffer's rows that are expected to be used."""
         return fill(self.top_k, self.world_size, self.most, capacity_factor)
@@ -245,6 +252,28 @@ _PAIR_BYTES = 8
 """Of a pair's expert id and routing weight."""
 
 
+def _direct(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
+    """Every token goes once to each rank of its experts, and that rank's share of its result back;
+    its ids and weights go to every rank."""
+    rows = layer.rows * layer.skew
+    there = layer.tokens * layer.world_size * layer.reached
+    travelling = layer.tokens * (layer.world_size - 1) * layer.reached
+    pairs = layer.tokens * (layer.world_size - 1) * layer.top_k * _PAIR_BYTES
+    work = _experts(layer, compute, rows, rows, layer.local_experts)
+    work += compute.copy_seconds(rows * (layer.dispatch_bytes + layer.combine_bytes))
+    return Pipeline(
+        before=compute.copy_seconds(there * layer.dispatch_bytes),
+        dispatch=[travelling * layer.dispatch_bytes + pairs],
+        work=[work + compute.piece_seconds()],
+        combine=[travelling * layer.combine_bytes],
+        after=compute.copy_seconds(2 * there * layer.combine_bytes),
+        filler=_shared(layer, compute, backward),
+        piece_fillers=_weight_gradients(
+            layer, compute, [(rows, layer.local_experts)], choice, backward
+        ),
+    )
+
+
 def _gather_weights(layer: Layer, compute: Compute, choice: Choice, backward: bool) -> Pipeline:
     """Every expert comes to every rank; nothing is computed meanwhile."""
     elements = sum(d * n for d, n in layer.matmuls) * layer.num_experts
@@ -265,6 +294,7 @@ _PIPELINES = {
     "alltoall": _alltoall,
     "padded_alltoall": _alltoall,
     "allgather": _allgather,
+    "direct": _direct,
     "gather_weights": _gather_weights,
 }
 PRICED = frozenset(_PIPELINES)

@@ -29,6 +29,7 @@ from moe_fx.entry.strict import refuse_missed
 from moe_fx.errors import ConfigurationError
 from moe_fx.graph.copy import copy_graph
 from moe_fx.graph.splice import splice
+from moe_fx.ops.fused import NUM_ARGUMENTS
 from moe_fx.options import Options, parse_options
 from moe_fx.ranks.agree import describe, ensure
 from moe_fx.report import Report
@@ -157,6 +158,8 @@ _ASK = {
     torch.ops.moe_fx.exchange_counts.default: 1,
     torch.ops.moe_fx.even_sizes.default: 1,
     torch.ops.moe_fx.distribute.default: 3,
+    torch.ops.moe_fx.direct_dispatch.default: 4,
+    torch.ops.moe_fx.direct_experts.default: NUM_ARGUMENTS + 1,
 }
 """Ops that check, before they exchange anything, that the ranks have planned the same, and which
 argument their group is; what was planned and how long to wait for others follow it."""

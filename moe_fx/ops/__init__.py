@@ -20,6 +20,8 @@
 | ``dispatch_counts`` / ``gather_counts`` | counts with a status / those of all ranks |
 | ``checked_sizes`` | as ``split_sizes``; an error on all ranks if one's status is bad |
 | ``distribute`` / ``collect`` | all of the way to the experts / and back, in one op (MC2) |
+| ``direct_dispatch`` / ``direct_combine`` | a token once to each rank of its experts / back |
+| ``direct_experts`` | both, and the experts between them, in one op |
 | ``exchange`` / ``keep`` | an exchange in one op / keeps buffers from being freed |
 | ``remember`` | the same ids, kept from forward for backward (`moe_fx.capture.recompute`) |
 | ``gating_top_k`` | as ``route``, whole; ``gating_top_k_training``: with gradients |
@@ -35,6 +37,7 @@ from moe_fx.ops import (
     checked,
     chunks,
     cuts,
+    direct,
     distribute,
     exchange,
     experts,
@@ -47,6 +50,7 @@ __all__ = [
     "checked",
     "chunks",
     "cuts",
+    "direct",
     "distribute",
     "exchange",
     "experts",

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from moe_fx.ops._define import define
 
-__all__ = ["ACTS", "LAYOUTS", "Body", "split_columns"]
+__all__ = ["ACTS", "ARGUMENTS", "LAYOUTS", "NUM_ARGUMENTS", "Body", "split_columns"]
 
 LAYOUTS = ("halves", "halves_up_first", "interleaved", "separate", "single")
 
@@ -327,14 +327,16 @@ def _training_backward(ctx: Any, grad: Tensor, *_others: Any) -> tuple[Any, ...]
     return made[0], None, *made[1:], *[None] * len(ctx.body)
 
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor tokens, Tensor ids, Tensor? weights, Tensor gate_up, Tensor? up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? up_bias, Tensor? down_bias, str layout, str act, float alpha, "
     "float? limit, float shift, ScalarType dtype"
 )
-define(f"fused_experts({_ARGUMENTS}) -> Tensor", _fused_experts, _fused_experts_fake)
+"""Of the ops, as their schemas have them."""
+NUM_ARGUMENTS = ARGUMENTS.count(",") + 1
+define(f"fused_experts({ARGUMENTS}) -> Tensor", _fused_experts, _fused_experts_fake)
 define(
-    f"fused_experts_training({_ARGUMENTS}) -> "
+    f"fused_experts_training({ARGUMENTS}) -> "
     "(Tensor result, Tensor columns, Tensor order, Tensor ends)",
     _fused_experts_training,
     _fused_experts_training_fake,
@@ -343,7 +345,7 @@ define(
 )
 define(
     "fused_experts_backward(Tensor grad, Tensor columns, Tensor order, Tensor ends, "
-    f"{_ARGUMENTS}, bool[] needed) -> (Tensor tokens, Tensor weights, Tensor gate_up, Tensor up, "
+    f"{ARGUMENTS}, bool[] needed) -> (Tensor tokens, Tensor weights, Tensor gate_up, Tensor up, "
     "Tensor down, Tensor gate_up_bias, Tensor up_bias, Tensor down_bias)",
     _fused_experts_backward,
     _fused_experts_backward_fake,

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.errors import MoeFxError
-from moe_fx.ops import distribute
+from moe_fx.ops import direct, distribute
+from moe_fx.ops.fused import NUM_ARGUMENTS
 
 _OPS = torch.ops.moe_fx
 _FUNCTIONAL = torch.ops._c10d_functional
@@ -82,6 +83,8 @@ def _steps(
         args = resize(node, args)
         if node.target in _COLLECTIVES:
             values[node] = yield _COLLECTIVES[node.target], _given(node, args, kwargs)
+        elif node.target is _OPS.direct_experts.default:
+            values[node] = yield from _direct_experts(args)
         elif node.target in (_OPS.wait.default, _FUNCTIONAL.wait_tensor.default):
             values[node] = args[0]
         elif node.target in overrides:
@@ -91,11 +94,24 @@ def _steps(
     raise MoeFxError("the graph has no output")
 
 
+def _direct_experts(args: tuple[Any, ...]) -> Generator[_Request, Any, Any]:
+    tokens, ids, weights, *body = args[:NUM_ARGUMENTS]
+    sent = tokens, ids, weights, args[NUM_ARGUMENTS]
+    rows, here, factors = yield "direct_dispatch", sent
+    factor = None if weights is None else factors
+    shares = _OPS.fused_experts(rows, here, factor, *body)
+    result, _ = yield "direct_combine", (shares, here, ids)
+    return result
+
+
 def _given(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     if node.target is _OPS.exchange_counts.default:
         return args[0], kwargs.get("chunks", 1)
     if node.target is _OPS.even_sizes.default:
         return ([len(piece) for piece in args[0]],)
+    if node.target is _OPS.direct_combine.default:
+        rows, _, here, ids = args[:4]
+        return rows, here, ids
     return args
 
 
@@ -158,7 +174,25 @@ def _collect(requests: list[tuple[Any, ...]]) -> list[Tensor]:
     ]
 
 
+def _direct_dispatch(requests: list[tuple[Any, ...]]) -> list[Any]:
+    num_experts = requests[0][3]
+    tokens, ids, weights = ([args[at] for args in requests] for at in range(3))
+    return [
+        direct.dispatched(tokens, ids, weights, rank, num_experts) for rank in range(len(requests))
+    ]
+
+
+def _direct_combine(requests: list[tuple[Any, ...]]) -> list[Any]:
+    rows, here = ([args[at] for args in requests] for at in range(2))
+    return [
+        (direct.combined(rows, here, len(ids), rank), rows[rank].new_empty(0))
+        for rank, (_, _, ids) in enumerate(requests)
+    ]
+
+
 _COLLECTIVES = {
+    _OPS.direct_dispatch.default: "direct_dispatch",
+    _OPS.direct_combine.default: "direct_combine",
     _OPS.distribute.default: "distribute",
     _OPS.collect.default: "collect",
     _FUNCTIONAL.all_gather_into_tensor.default: "all_gather",
@@ -168,6 +202,8 @@ _COLLECTIVES = {
     _OPS.all_to_all.default: "all_to_all",
 }
 _EXCHANGES: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {
+    "direct_dispatch": _direct_dispatch,
+    "direct_combine": _direct_combine,
     "distribute": _distribute,
     "collect": _collect,
     "all_gather": _gather,

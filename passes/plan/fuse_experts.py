@@ -1,6 +1,7 @@
-"""FuseExperts: the experts of local layers as one op, on devices that have kernels for that.
+"""FuseExperts: the experts of a rank as one op, where all of their tokens are there (strategies
+"local" and "direct"), on devices that have kernels for that.
 
-Contract. In: planned regions. Out: the same, those of strategy "local" planned as fused with what
+Contract. In: planned regions. Out: the same, those of these strategies planned as fused with what
 was read of their experts (`passes/strategies/fused.py`). The report says of each what it becomes,
 or why not. `Verify` tries the fused layer and takes this plan back if it is not equal.
 """
@@ -38,7 +39,7 @@ class FuseExperts(Pass):
         seen: dict[str, Fused | str],
     ) -> ExchangePlan:
         """seen: what was found of equal layers."""
-        if plan.strategy != "local":
+        if plan.strategy not in ("local", "direct"):
             return plan
         alone, region_alone = extract_region(region)
         key = structure(alone)
@@ -51,8 +52,9 @@ class FuseExperts(Pass):
         if isinstance(found, str):
             context.report.lowered.append(_kept(region, found))
             return plan
-        name = "moe_fx::fused_experts" + "_training" * context.training
-        done = Lowered(_WHAT, (name,), region.parts.combined.name, region.source)
+        whole = plan.strategy == "direct" and not context.training
+        name = "direct_experts" if whole else "fused_experts" + "_training" * context.training
+        done = Lowered(_WHAT, (f"moe_fx::{name}",), region.parts.combined.name, region.source)
         context.report.lowered.append(done)
         return replace(plan, fused=found)
 

@@ -36,7 +36,7 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.strategies.cost_layer import device_of, layer_of
-from moe_fx.passes.strategies.fitting import Misfit, fitting_strategies, most_chunks
+from moe_fx.passes.strategies.fitting import WHOLE, Misfit, fitting_strategies, most_chunks
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.region import Declined, Region
 
@@ -126,11 +126,11 @@ def asked(strategy: str, local_experts: int, context: Context) -> Choice:
     most = most_chunks(strategy, options)
     if chunks > most:
         log.warning(
-            "overlap=%d: strategy=%r is planned in %d chunks at most for base=%r",
+            "overlap=%d: strategy=%r is planned in %d chunks at most%s",
             chunks,
             strategy,
             most,
-            options.base,
+            "" if strategy in WHOLE else f" for base={options.base!r}",
         )
     return _cut(strategy, local_experts, min(chunks, most), context)
 
@@ -151,7 +151,7 @@ def _cut(strategy: str, local_experts: int, chunks: int, context: Context) -> Ch
     if strategy == "alltoall":
         by_rows = _by_rows(context)
         return Choice(row_slices=chunks) if by_rows else Choice(*slices(local_experts, chunks))
-    if strategy in ("gather_weights", "mc2"):
+    if strategy in WHOLE:
         return Choice(1, 1, strategy)
     return Choice(1, chunks, strategy, context.options.capacity_factor)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from moe_fx.passes.strategies.alltoall import alltoall
+from moe_fx.passes.strategies.direct import direct
 from moe_fx.passes.strategies.emitter import Emitter
 from moe_fx.passes.strategies.even import allgather, padded_alltoall
 from moe_fx.passes.strategies.fused import fused
@@ -30,9 +31,11 @@ STRATEGIES: dict[str, Callable[[Emitter], Node]] = {
     "padded_alltoall": padded_alltoall,
     "allgather": allgather,
     "mc2": mc2,
+    "direct": direct,
 }
 
 
 def strategy_of(plan: ExchangePlan) -> Callable[[Emitter], Node]:
     """What emits a region that is planned so."""
-    return STRATEGIES[plan.strategy] if plan.fused is None else fused
+    whole = plan.fused is not None and plan.strategy == "local"
+    return fused if whole else STRATEGIES[plan.strategy]

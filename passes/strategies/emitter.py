@@ -38,6 +38,9 @@ _EXCHANGES = (
     ops.even_sizes.default,
     ops.distribute.default,
     ops.collect.default,
+    ops.direct_dispatch.default,
+    ops.direct_combine.default,
+    ops.direct_experts.default,
 )
 _SENDS_ROWS = ("alltoall", "padded_alltoall")
 

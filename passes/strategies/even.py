@@ -48,7 +48,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
         keys = call(ops.chunk_keys.default, keys, plan.num_experts, plan.world_size, 1, chunks)
     permuted = call(
         ops.permute_padded.default,
-        _tokens(emitter),
+        sent_tokens(emitter),
         keys,
         local,
         plan.world_size,
@@ -70,7 +70,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
         regrouped = call(ops.regroup_padded.default, arrived, of_chunk)
         sorted_rows, regroup_map = item(regrouped, 0), item(regrouped, 1)
         sums = call(aten.sum.dim_IntList, of_chunk, [0])
-        result = emitter.experts(sorted_rows, sums, 0, _fill(emitter))
+        result = emitter.experts(sorted_rows, sums, 0, filled_share(emitter))
         sizes = [call(aten.sym_size.int, result, 0), *shape(parts.cut)[1:]]
         done.append(call(ops.unpermute.default, result, regroup_map, None, sizes))
         handles[at] = exchange.start(done[at], at)
@@ -81,7 +81,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
 def allgather(emitter: Emitter) -> Node:
     parts, plan, call, item = emitter.parts, emitter.plan, emitter.call, emitter.item
     world, chunks = plan.world_size, plan.token_slices
-    pieces = _slices(emitter, _copies(emitter, _tokens(emitter)))
+    pieces = _slices(emitter, _copies(emitter, sent_tokens(emitter)))
     exchange = _Exchange(emitter, pieces)
     ids = call(aten._to_copy.default, parts.ids, dtype=torch.int32)
     weights = None if parts.weighs_tokens else weights_of_sum(emitter)
@@ -105,7 +105,7 @@ def allgather(emitter: Emitter) -> Node:
             *_capacity(emitter),
         )
         rows, row_map = item(permuted, 0), item(permuted, 1)
-        result = emitter.experts(rows, item(permuted, 2), 0, _fill(emitter))
+        result = emitter.experts(rows, item(permuted, 2), 0, filled_share(emitter))
         count = call(aten.sym_size.int, arrived, 0)
         sizes = [count, *shape(parts.combined)[1:]]
         weighed_by = None if weights is None else every[1][at]
@@ -146,7 +146,7 @@ class _Exchange:
         return self.call(ops.wait.default, handle, sent, part, part, self.group, count)
 
 
-def _tokens(emitter: Emitter) -> Node:
+def sent_tokens(emitter: Emitter) -> Node:
     """The tokens; of one expert each, weighed if the weights are on them."""
     parts = emitter.parts
     if not parts.weighs_tokens:
@@ -157,19 +157,19 @@ def _tokens(emitter: Emitter) -> Node:
 
 
 def _capacity(emitter: Emitter) -> tuple[Any, ...]:
-    return _most(emitter), emitter.plan.capacity_factor, emitter.plan.drop
+    return most_local_pairs(emitter), emitter.plan.capacity_factor, emitter.plan.drop
 
 
-def _most(emitter: Emitter) -> int:
+def most_local_pairs(emitter: Emitter) -> int:
     """The most pairs of a token that can go to one rank."""
     top_k = int(shape(emitter.parts.ids)[1])
     return min(top_k, emitter.plan.local_experts) if emitter.parts.distinct else top_k
 
 
-def _fill(emitter: Emitter) -> float:
+def filled_share(emitter: Emitter) -> float:
     plan = emitter.plan
     top_k = int(shape(emitter.parts.ids)[1])
-    return fill(top_k, plan.world_size, _most(emitter), plan.capacity_factor)
+    return fill(top_k, plan.world_size, most_local_pairs(emitter), plan.capacity_factor)
 
 
 def _copies(emitter: Emitter, node: Node) -> Node:

@@ -12,6 +12,9 @@ from moe_fx.passes.strategies.combine import sums_plainly
 from moe_fx.plan import EVEN
 from moe_fx.region import Region
 
+WHOLE = ("gather_weights", "mc2", "direct")
+"""Strategies that have no chunks."""
+
 log = logging.getLogger("moe_fx")
 
 
@@ -45,6 +48,8 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
 
 def most_chunks(strategy: str, options: Options) -> int:
     """GE graphs have no rows whose number only the host knows, as those of a chunk would be."""
+    if strategy in WHOLE:
+        return 1
     return 1 if strategy == "alltoall" and options.base == "torchair" else 1 << 30
 
 
@@ -54,10 +59,10 @@ def _misfit(region: Region, strategy: str, context: Context, world_size: int) ->
         return "the experts' weights are not gathered from shards, each rank has them whole"
     if strategy == "gather_weights" and region.program == "exchanged":
         return "the program exchanges tokens, so that a rank's experts may be its own in all things"
-    if strategy in EVEN and parts.weighs_tokens and region.top_k > 1:
+    if strategy in (*EVEN, "direct") and parts.weighs_tokens and region.top_k > 1:
         return "the routing weights multiply the tokens on their way to the experts"
-    plainly = sums_plainly(parts) or (parts.weighs_tokens and strategy == "allgather")
-    if strategy in ("allgather", "mc2") and not plainly:
+    plainly = sums_plainly(parts) or (parts.weighs_tokens and strategy in ("allgather", "direct"))
+    if strategy in ("allgather", "mc2", "direct") and not plainly:
         return "the experts' rows are not just weighted and summed"
     if strategy == "padded_alltoall" and context.options.base == "torchair":
         return "base='torchair' has no converters for it; 'allgather' has the same advantages"

@@ -1,4 +1,5 @@
-"""Strategy "local", fused: all of the layer behind its router in one op.
+"""Strategy "local", fused: all of the layer behind its router in one op. (Of "direct":
+`passes/strategies/direct.py`.)
 
 Pseudo-code::
 
@@ -31,7 +32,7 @@ from moe_fx.region import Parts, Region
 aten = torch.ops.aten
 ops = torch.ops.moe_fx
 
-__all__ = ["Unfused", "fused", "read"]
+__all__ = ["Unfused", "fused", "fused_arguments", "read"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLE_VIEWS = (
@@ -50,16 +51,28 @@ _TABLE_VIEWS = (
 
 
 def fused(emitter: Emitter) -> Node:
-    parts, plan = emitter.parts, emitter.plan
-    body = plan.fused
+    parts, body = emitter.parts, emitter.plan.fused
+    assert body is not None
+    weights = weights_of_sum(emitter) if parts.weights is not None else None
+    arguments = fused_arguments(emitter, parts.tokens, parts.ids, weights)
+    if body.trains:
+        return emitter.item(emitter.call(ops.fused_experts_training.default, *arguments), 0)
+    return emitter.call(ops.fused_experts.default, *arguments)
+
+
+def fused_arguments(
+    emitter: Emitter, tokens: Node, ids: Node, weights: Node | None
+) -> tuple[Any, ...]:
+    """Of ``moe_fx::fused_experts``, with the tables of this rank's experts. ids: among those."""
+    body = emitter.plan.fused
     assert body is not None
     read = fused_parts(emitter)
     gate, *others = reversed(read.first) if body.up_first else read.first
     up = others[0] if others else None
-    arguments = (
-        parts.tokens,
-        parts.ids,
-        weights_of_sum(emitter) if parts.weights is not None else None,
+    return (
+        tokens,
+        ids,
+        weights,
         gate.table,
         None if up is None else up.table,
         read.down.table,
@@ -67,18 +80,15 @@ def fused(emitter: Emitter) -> Node:
         None if up is None else _matrix(emitter, up.bias),
         _matrix(emitter, read.down.bias),
         *(body.layout, body.act, body.alpha, body.limit, body.shift),
-        value(parts.combined).dtype,
+        value(emitter.parts.combined).dtype,
     )
-    if body.trains:
-        return emitter.item(emitter.call(ops.fused_experts_training.default, *arguments), 0)
-    return emitter.call(ops.fused_experts.default, *arguments)
 
 
 def _matrix(emitter: Emitter, bias: Node | None) -> Node | None:
     """``[E, N]``."""
     if bias is None or len(shape(bias)) == 2:
         return bias
-    return emitter.call(aten.reshape.default, bias, [emitter.plan.num_experts, -1])
+    return emitter.call(aten.reshape.default, bias, [emitter.plan.local_experts, -1])
 
 
 def read(alone: Extract, region: Region) -> Fused:

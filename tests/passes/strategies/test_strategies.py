@@ -1,4 +1,5 @@
-"""Strategies of equal parts: the layer's values on simulated ranks, and what does not fit them."""
+"""Strategies of equal parts and "direct": the layer's values on simulated ranks, and what does not
+fit them."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ from tests.passes.graphs import (
 )
 from tests.spellings import SPELLINGS
 
-EVEN = ["allgather", "padded_alltoall"]
+PADDED = ["allgather", "padded_alltoall"]
+NO_COUNTS = [*PADDED, "direct"]
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", NO_COUNTS)
 @pytest.mark.parametrize("chunks", ["off", 3])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -37,12 +39,12 @@ def test_blocks_compute_the_same_without_a_host_sync(
     assert graphs is not None, report.declined
     (plan,) = report.plans
     assert (plan.strategy, plan.host_sync) == (strategy, "")
-    assert plan.token_slices == (1 if chunks == "off" else chunks)
+    assert plan.token_slices == (1 if chunks == "off" or strategy == "direct" else chunks)
     assert "moe_fx.split_sizes.default" not in op_names(graphs[0])
     assert error_on_ranks(case, graphs) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", NO_COUNTS)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_gradients_are_verified(family: str, strategy: str) -> None:
     case = captured(block(family).requires_grad_(True), tokens(1, 13, 64))
@@ -53,7 +55,7 @@ def test_gradients_are_verified(family: str, strategy: str) -> None:
     assert "tokens" in region.verification.gradients
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", NO_COUNTS)
 def test_bfloat16(strategy: str) -> None:
     case = captured(
         block("qwen3_moe", dtype=torch.bfloat16), tokens(1, 13, 64, dtype=torch.bfloat16)
@@ -63,7 +65,7 @@ def test_bfloat16(strategy: str) -> None:
     assert error_on_ranks(case, graphs) <= 2e-2
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", NO_COUNTS)
 @pytest.mark.parametrize("name", ["gpt_fast", "masked_loop", "switch_masked", "gshard_drops"])
 def test_spellings_read_by_value(name: str, strategy: str) -> None:
     spelling = SPELLINGS[name]
@@ -73,7 +75,7 @@ def test_spellings_read_by_value(name: str, strategy: str) -> None:
     assert error_on_ranks(case, graphs) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", PADDED)
 def test_enough_capacity_changes_nothing_and_too_little_is_an_error_or_drops(strategy: str) -> None:
     case = captured(block("qwen3_moe"), tokens(1, 24, 64))
 
@@ -120,7 +122,7 @@ class TopOneOnTokens(nn.Module):
         return torch.einsum("tef,efh->teh", hidden, self.down).sum(1)
 
 
-@pytest.mark.parametrize("strategy", ["alltoall", *EVEN])
+@pytest.mark.parametrize("strategy", ["alltoall", *NO_COUNTS])
 def test_weights_on_the_tokens_of_one_expert_each(strategy: str) -> None:
     case = captured(TopOneOnTokens(), tokens(22, 32))
     graphs, report = rewritten_on_ranks(case.module, 2, strategy=strategy, overlap=2)
@@ -128,7 +130,7 @@ def test_weights_on_the_tokens_of_one_expert_each(strategy: str) -> None:
     assert error_on_ranks(case, graphs) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", EVEN)
+@pytest.mark.parametrize("strategy", NO_COUNTS)
 def test_weights_on_the_tokens_of_several_experts_do_not_fit(strategy: str) -> None:
     spelling = SPELLINGS["llama4_before"]
     case = captured(spelling.build(), spelling.tokens())
