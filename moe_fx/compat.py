@@ -398,6 +398,26 @@ def group_store(group: dist.ProcessGroup) -> dist.Store:
     return group.get_group_store()
 
 
+all_gather_single: Callable[..., Any] = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)
+"""What `all_gather_into_tensor` is called from torch 2.13 on."""
+
+
+def symmetric_bytes(
+    size: int, device: torch.device, group: dist.ProcessGroup
+) -> tuple[Tensor, list[int]]:
+    """So many bytes of this GPU's memory, 0 each, to which the others of the group can write, and
+    each rank's address of its own as this one sees it. All ranks call it, with the same size."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    buffer = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize(device)  # others write as soon as they have the address
+    handle = symmetric.rendezvous(buffer, group)
+    every = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size())]
+    return buffer, [each.data_ptr() for each in every]
+
+
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
     """Seconds after which the group's backend for ``device`` gives up a collective; infinite for a
     backend that does not say."""

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fx.compat import data_dependent_size, resolve_group
+from moe_fx.compat import all_gather_single, data_dependent_size, resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import count_bytes
 from moe_fx.ops.fused import ARGUMENTS, NUM_ARGUMENTS
@@ -196,9 +196,7 @@ class _Link:
         value = value.contiguous()
         every = value.new_empty((self.world * value.shape[0], *value.shape[1:]))
         self._run(
-            lambda async_op: dist.all_gather_into_tensor(
-                every, value, group=self.group, async_op=async_op
-            )
+            lambda async_op: all_gather_single(every, value, group=self.group, async_op=async_op)
         )
         return every
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fx.compat import resolve_group
+from moe_fx.compat import all_gather_single, resolve_group
 from moe_fx.ops._define import define
 from moe_fx.ops.exchange import count_bytes
 from moe_fx.ranks.agree import ensure
@@ -71,7 +71,7 @@ def _gathered(value: Tensor, group: dist.ProcessGroup, what: str, timeout: float
     every = value.new_empty((group.size() * value.shape[0], *value.shape[1:]))
     value = value.contiguous()
     start_and_wait(
-        lambda async_op: dist.all_gather_into_tensor(every, value, group=group, async_op=async_op),
+        lambda async_op: all_gather_single(every, value, group=group, async_op=async_op),
         group,
         value.device,
         what,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,28 +23,29 @@ from moe_fx.devices.cuda.kernels import gemm, rows, sort
 from moe_fx.devices.cuda.launch import call, empty, key_of, known, on, recorded
 from moe_fx.devices.cuda.layer import TENSORS, Layer
 
-__all__ = ["forward", "forward_training"]
+__all__ = ["Run", "forward", "forward_training"]
 
 
 @dataclass
-class _Run:
+class Run:
     """One call. order, row_map, ends: of `sort.sort_pairs`. keeps: the columns before the
-    activation, for training."""
+    activation, for training. num_tokens: those that matter for how fast a way is."""
 
     layer: Layer
     keeps: bool
     order: Tensor
     row_map: Tensor
     ends: Tensor
+    num_tokens: int
 
     @classmethod
-    def of(cls, layer: Layer, keeps: bool) -> _Run:
-        return cls(layer, keeps, *sort.sort_pairs(layer.ids, layer.experts))
+    def of(cls, layer: Layer, keeps: bool, num_tokens: int) -> Self:
+        return cls(layer, keeps, *sort.sort_pairs(layer.ids, layer.experts), num_tokens)
 
     def results(self) -> tuple[Tensor, ...]:
-        layer, tokens = self.layer, self.layer.tokens
-        ups, downs = forward_ways(layer.shape, tokens.shape[0])
-        of = (layer.shape, tokens.shape[0], tokens.device)
+        layer = self.layer
+        ups, downs = forward_ways(layer.shape, self.num_tokens)
+        of = (layer.shape, self.num_tokens, layer.tokens.device)
         name = "gate_up, kept" if self.keeps else "gate_up"
         h, columns = self.activations(choose(name, *of, ups, self.activations))
         out = self.total(h, choose("down", *of, downs, lambda way: self.total(h, way)))
@@ -72,18 +73,20 @@ class _Run:
         h = rows.activate(columns, self.ends, *layer.bias_halves, layer.body, layer.places)
         return h, columns if self.keeps else None
 
+    def pairs(self, h: Tensor, way: Way) -> tuple[Tensor, bool]:
+        """The experts' results: by pair, with biases and times the weights; or, True, sorted by
+        expert, without."""
+        layer = self.layer
+        if not isinstance(way, gemm.Tiles):
+            return call(torch._grouped_mm, h, layer.down, self.ends), True
+        weights, bias = layer.weights, layer.down_bias
+        return gemm.down(h, self.order, self.ends, weights, layer.down, bias, way), False
+
     def total(self, h: Tensor, way: Way) -> Tensor:
         layer = self.layer
-        if isinstance(way, gemm.Tiles):
-            pairs = gemm.down(
-                h, self.order, self.ends, layer.weights, layer.down, layer.down_bias, way
-            )
-            return rows.total(pairs, self.row_map, layer.top_k, layer.dtype, mapped=False)
-        results = call(torch._grouped_mm, h, layer.down, self.ends)
-        return rows.total(
-            results, self.row_map, layer.top_k, layer.dtype, True, layer.weights, layer.ids,
-            layer.down_bias,
-        )  # fmt: skip
+        pairs, mapped = self.pairs(h, way)
+        given = (layer.weights, layer.ids, layer.down_bias) if mapped else ()
+        return rows.total(pairs, self.row_map, layer.top_k, layer.dtype, mapped, *given)
 
 
 def _side_by_side(gate: Tensor, up: Tensor) -> Tensor:
@@ -118,7 +121,11 @@ def _first(
         return _nothing(layer)
     with autocast_off():
         device = layer.tokens.device
-        return recorded(key, inputs, device, lambda: _Run.of(layer, keeps=trains).results())
+        return recorded(key, inputs, device, lambda: _run(layer, trains))
+
+
+def _run(layer: Layer, trains: bool) -> tuple[Tensor, ...]:
+    return Run.of(layer, trains, layer.tokens.shape[0]).results()
 
 
 def _nothing(layer: Layer) -> tuple[Tensor, ...]:

@@ -49,9 +49,30 @@ def _gate(logits: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
         return gate(logits, k, *args)
 
 
+def _dispatch(*args: Any, **waiting: Any) -> tuple[Tensor, ...]:
+    from moe_fx.devices.cuda.peers.ops import dispatch
+
+    return dispatch(*args, **waiting)
+
+
+def _combine(*args: Any, **waiting: Any) -> tuple[Tensor, ...]:
+    from moe_fx.devices.cuda.peers.ops import combine
+
+    return combine(*args, **waiting)
+
+
+def _direct_experts(*args: Any, **waiting: Any) -> Tensor:
+    from moe_fx.devices.cuda.peers.ops import experts
+
+    return experts(*args, **waiting)
+
+
 if HAS_TRITON:
     bring("fused_experts", "CUDA", _forward)
     bring("fused_experts_training", "CUDA", _forward_training)
     bring("fused_experts_backward", "CUDA", _backward)
     bring("gating_top_k", "CUDA", _gate)
     bring("gating_top_k_training", "CUDA", _gate)
+    bring("direct_dispatch", "CUDA", _dispatch)
+    bring("direct_combine", "CUDA", _combine)
+    bring("direct_experts", "CUDA", _direct_experts)

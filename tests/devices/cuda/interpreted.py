@@ -59,7 +59,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) ->
 @contextmanager
 def recorded_here() -> Iterator[None]:
     """Calls are recorded, and torch's grouped matmul taken, on the CPU too."""
-    from moe_fx.devices.cuda.kernels import gate, gemm, grad, rows, sort
+    from moe_fx.devices.cuda.kernels import gate, gemm, grad, peers, rows, sort
 
     driver = mock.Mock(active=mock.Mock(get_current_stream=lambda _: 0))
     with (
@@ -68,6 +68,7 @@ def recorded_here() -> Iterator[None]:
         mock.patch.object(grad, "launch", _launch),
         mock.patch.object(gate, "launch", _launch),
         mock.patch.object(gemm, "launch", _launch),
+        mock.patch.object(peers, "launch", _launch),
         mock.patch.object(rows, "launch", _launch),
         mock.patch.object(sort, "launch", _launch),
         mock.patch.object(backward, "can_group", _even),
