@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
 
 @dataclass(frozen=True)
 class Device:
@@ -29,4 +32,9 @@ class Device:
     def mc2_misfit(self, tokens: int | None, hidden: int, top_k: int, world_size: int) -> str:
         """What is against MC2 for such a layer; "" if nothing is. tokens: the most that a rank may
         have, None: there is no bound."""
+        return ""
+
+    def unreachable(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
+        """Why the group's ranks cannot write to each other's memory, where strategy "direct" is
+        kernels that do; "" if they can. All ranks ask."""
         return ""

@@ -1,8 +1,10 @@
-"""``moe-fx bench``: on a slow link between two hosts, or with ``--device`` on one GPU."""
+"""``moe-fx bench``: on a slow link between two hosts, or with ``--device`` on one GPU or, under
+torchrun, on several."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from moe_fx_cli.refusing import fail, failing, writable
 __all__ = ["bench_command"]
 
 _LINK = "On a slow link (without --device)"
-_GPU = "On one GPU (--device cuda)"
+_GPU = "On a GPU (--device cuda)"
 _WIDTH = 150
 """Of a table that goes to a file."""
 
@@ -151,7 +153,7 @@ def bench_command(
     ] = None,
 ) -> None:
     """Measure how much of the exchange hides behind compute, on a slow link;
-    or (--device cuda) how fast layers are on one GPU.
+    or (--device cuda) how fast layers are on one GPU, or on several.
 
     A slow link: the two hosts are network namespaces of this machine; their
     link is limited to 150 Mbit/s (300 at ratio 0.25). Needs root and iproute2
@@ -175,6 +177,14 @@ def bench_command(
     do, at this card's measured rates; / HF: under 1.00 moe_fx is faster;
     / floor: of its graph, 1.00 is perfect. docs/performance.md has more.
 
+    Several GPUs of one host, each a rank, under torchrun: the block on one
+    GPU compiled, the exchange of its rows alone, transformers' AllToAllEP
+    eager and compiled, and moe_fx: one all-to-all, in 2 and 4 chunks,
+    "direct" (also as a CUDA graph) and as it chooses. Times are the slower
+    rank's; each result is compared with one GPU's. --layer, --config,
+    --tokens (of each rank), --training, --routing, --program and --rounds
+    say what; default: qwen3 and mixtral, 64, 1024 and 8192 tokens, uniform.
+
     Examples:
       moe-fx bench --quick                        one point: minutes
       moe-fx bench --quick --program auto         the fewest programs
@@ -183,6 +193,7 @@ def bench_command(
       moe-fx bench --device cuda --layer qwen3 --tokens 16 --parts
       moe-fx bench --device cuda --model gpt-oss  prefill and decode
       moe-fx bench --device cuda --config path/to/config.json
+      torchrun --nproc-per-node 2 --no-python moe-fx bench --device cuda
 
     Exit status: 0; 1 if a program of moe_fx failed or differs from the
     original; 2 if an option cannot be used, there is no such GPU, or, for the
@@ -207,7 +218,9 @@ def bench_command(
         "trace": trace,
     }
     with failing():
-        if device is not None:
+        if device is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            failed = _on_gpus(device, layer, gpu, link, json)
+        elif device is not None:
             _refuse(link, "is about the slow link; leave it out with --device")
             failed = _on_gpu(device, layer, gpu, json)
         else:
@@ -235,6 +248,37 @@ def _on_gpu(
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     return run.failures(run.on_gpu(device, selection.select(layers, **options), console, json))
+
+
+def _on_gpus(
+    device: str,
+    layers: list[str] | None,
+    gpu: dict[str, Any],
+    link: dict[str, Any],
+    json: Path | None,
+) -> list[str]:
+    if device != "cuda":
+        fail(f"--device {device}: under torchrun give cuda; each rank takes a GPU of its own.")
+    taken = ("routing", "program", "rounds")
+    others = {name: value for name, value in link.items() if name not in taken}
+    _refuse(others, "is about the slow link; leave it out with --device")
+    for name in ("models", "dynamic", "parts", "seconds_per_point"):
+        _refuse({name: gpu[name]}, "is for one GPU; leave it out under torchrun")
+    from moe_fx.bench.ranks import run
+
+    console = Console() if Console().is_terminal else Console(width=_WIDTH)
+    points = run.on_gpus(
+        console,
+        json,
+        layers=layers,
+        config=gpu["config"],
+        tokens=gpu["tokens"],
+        routing=link["routing"],
+        programs=link["program"],
+        rounds=link["rounds"],
+        training=gpu["training"],
+    )
+    return run.failures(points)
 
 
 def _on_link(layers: list[str] | None, options: dict[str, Any], json: Path | None) -> list[str]:

@@ -86,6 +86,11 @@ def plan_exchange(
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
     strategies = fitting_strategies(region, context, world)
+    if strategies == ["direct"] and context.measures:
+        device, timeout = device_of(region), context.options.agree_timeout
+        reason = context.device.unreachable(group, device, timeout)
+        if reason:
+            raise Misfit(f"strategy='direct' is for ranks that share a host: {reason}")
     predicted = None
     if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)

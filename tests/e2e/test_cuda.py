@@ -47,12 +47,18 @@ def first(result: Any) -> Tensor:
 
 
 def errors(
-    rank: int, family: str, dtype: torch.dtype, strategy: str, chunks: int, training: bool
+    rank: int,
+    family: str,
+    dtype: torch.dtype,
+    strategy: str,
+    chunks: int,
+    training: bool,
+    lower: str = "auto",
 ) -> list[float]:
     """Relative errors of the output and, in training, of the tokens' and parameters' gradients."""
     take_gpu(rank)
     module = layer(family, dtype).requires_grad_(training)
-    run = compiled(module, strategy=strategy, overlap=chunks)
+    run = compiled(module, strategy=strategy, overlap=chunks, lower=lower)
     found: list[list[Tensor]] = []
     for call in (module, run):
         values = tokens(1, 1024, 128, dtype=dtype, seed=rank).cuda().requires_grad_(training)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_fx.devices.cuda.ops import HAS_TRITON
@@ -22,6 +24,13 @@ class Cuda(Plain):
     @classmethod
     def of(cls) -> Cuda:
         return cls(fuses_experts=True, fuses_routers=True, trains_routers=True)
+
+    def unreachable(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
+        if device.type != "cuda":
+            return ""
+        from moe_fx.devices.cuda.peers.reach import unreachable
+
+        return unreachable(group, device, timeout)
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

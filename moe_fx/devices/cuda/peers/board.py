@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from moe_fx.ranks.agree import wait_for
 from moe_fx.ranks.presence import next_exchange, store_key
 from moe_fx.ranks.waiting import Exchange
 
-__all__ = ["Board", "open_board"]
+__all__ = ["Board", "board_of"]
 
 _SHARED = Path("/dev/shm")
 _LINE = 8
@@ -75,8 +76,20 @@ class _Posted:
                 time.sleep(_PAUSE)
 
 
-def open_board(group: dist.ProcessGroup, timeout: float) -> Board | str:
-    """The group's board, or why its ranks have none in common. Every rank calls it."""
+_boards: dict[str, Board | str] = {}
+
+
+def board_of(group: dist.ProcessGroup, timeout: float) -> Board | str:
+    """The group's board, or why its ranks have none in common. Its first call is one of all
+    ranks."""
+    name = group.group_name
+    if name not in _boards:
+        _boards[name] = _opened(group, timeout)
+        weakref.finalize(group, _boards.pop, name, None)
+    return _boards[name]
+
+
+def _opened(group: dist.ProcessGroup, timeout: float) -> Board | str:
     store, rank = group_store(group), group.rank()
     ranks, doing = range(group.size()), "shares memory with the ranks of its host"
     path_key = store_key(group, "board/path")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moe_fx.compat import in_backward, resolve_group, symmetric_bytes
 from moe_fx.devices.cuda.kernels.peers import OTHER_STEP
-from moe_fx.devices.cuda.peers.board import Board, open_board
+from moe_fx.devices.cuda.peers.board import Board, board_of
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.ranks.device_watch import raise_in
 from moe_fx.ranks.presence import named
@@ -247,7 +247,7 @@ def pool_of(
     key = (group_name, device)
     if key not in _pools:
         group = resolve_group(group_name)
-        board = open_board(group, timeout)
+        board = board_of(group, timeout)
         if isinstance(board, str):
             raise MoeFxError(
                 f'strategy="direct" is for the ranks of one host: {board}. Use strategy="alltoall".'

@@ -1,0 +1,59 @@
+"""Whether the ranks of a group can write to each other's GPUs: on one host, over NVLink or PCIe."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+from moe_fx.compat import group_store
+from moe_fx.devices.cuda.peers.board import board_of
+from moe_fx.ranks.agree import wait_for
+from moe_fx.ranks.presence import store_key
+
+__all__ = ["unreachable"]
+
+_found: dict[tuple[str, torch.device], str] = {}
+
+
+def unreachable(group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
+    """Why they cannot; "" if they can. The same on every rank, which all ask."""
+    key = (group.group_name, device)
+    if key not in _found:
+        board = board_of(group, timeout)
+        _found[key] = board if isinstance(board, str) else _no_peers(group, device, timeout)
+    return _found[key]
+
+
+def _no_peers(group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    devices = _exchanged(group, "gpu", own, timeout)
+    problems = _exchanged(group, "reach", _problem(group.rank(), device, devices), timeout)
+    return next(filter(None, problems), "")
+
+
+def _problem(rank: int, device: torch.device, devices: list[str]) -> str:
+    """Of this rank. devices: of every rank."""
+    if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("0", ""):
+        return "NCCL_P2P_DISABLE is set"
+    if len(set(devices)) < len(devices):
+        return "ranks share a GPU"
+    visible = {
+        str(torch.cuda.get_device_properties(at).uuid): at
+        for at in range(torch.cuda.device_count())
+    }
+    for other, uuid in enumerate(devices):
+        at = visible.get(uuid)  # None: hidden from this process, which says nothing of the link
+        if other != rank and at is not None and not torch.cuda.can_device_access_peer(device, at):
+            return f"the GPU of rank {rank} cannot access that of rank {other}"
+    return ""
+
+
+def _exchanged(group: dist.ProcessGroup, what: str, own: str, timeout: float) -> list[str]:
+    store = group_store(group)
+    keys = {rank: store_key(group, f"{what}/{rank}") for rank in range(group.size())}
+    store.set(keys[group.rank()], json.dumps(own))
+    wait_for(group, keys, timeout, "looks for the GPUs of its host")
+    return [json.loads(store.get(key)) for key in keys.values()]
