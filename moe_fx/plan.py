@@ -94,6 +94,8 @@ class ExchangePlan:
     capacity_factor, drop: of a strategy with buffers of fixed size (`moe_fx.ops.padded`).
     predicted: what the cost model expects, where it chose (overlap="auto").
     fused: of "local" and "direct", that the experts are one op; None: they are not.
+    buffer_bytes: of "direct" on GPUs: of a rank's memory, those that others write to, if every rank
+        has as many tokens as this one at capture.
     host_sync: the op that makes the host wait for the device, if any: what stands in the way of
         capturing the graph (CUDA graphs, ACL graphs).
     """
@@ -112,6 +114,7 @@ class ExchangePlan:
     drop: bool = False
     predicted: Predicted | None = None
     fused: Fused | None = None
+    buffer_bytes: int = 0
 
     @property
     def exchanges(self) -> bool:
@@ -147,6 +150,8 @@ class ExchangePlan:
             text += f", capacity factor {self.capacity_factor:g}" + ", drops" * self.drop
         if self.chunks > 1:
             text += f", in {self.chunks} chunks"
+        if self.buffer_bytes:
+            text += f", buffers of {self.buffer_bytes / 2**20:.3g} MiB"
         if self.predicted is not None:
             took, alone = self.predicted.seconds, self.predicted.unoverlapped
             text += f", expected to take {1e3 * took:.3g} ms ({1e3 * alone:.3g} ms in one)"

@@ -32,7 +32,8 @@ _agreed: set[tuple[str, str]] = set()
 def describe(plans: Sequence[ExchangePlan], training: bool) -> str:
     """What must be the same on every rank, as text: how tokens travel, not how long it may take."""
     alike = [
-        {k: v for k, v in asdict(plan).items() if k not in ("rank", "predicted")} for plan in plans
+        {k: v for k, v in asdict(plan).items() if k not in ("rank", "predicted", "buffer_bytes")}
+        for plan in plans
     ]
     return json.dumps({"training": training, "regions": alike}, sort_keys=True)
 

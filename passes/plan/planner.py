@@ -35,7 +35,7 @@ from moe_fx.cost.rates import measured
 from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
-from moe_fx.passes.strategies.cost_layer import device_of, layer_of
+from moe_fx.passes.strategies.cost_layer import buffer_bytes, device_of, layer_of
 from moe_fx.passes.strategies.fitting import WHOLE, Misfit, fitting_strategies, most_chunks
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.region import Declined, Region
@@ -121,6 +121,7 @@ def planned(
         capacity_factor=choice.capacity_factor,
         drop=options.on_overflow == "drop",
         predicted=predicted,
+        buffer_bytes=buffer_bytes(region, place[1]) if choice.strategy == "direct" else 0,
     )
 
 

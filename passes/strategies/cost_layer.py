@@ -23,9 +23,8 @@ def layer_of(region: Region, world_size: int, training: bool, sums_gradients: bo
     """Tokens as at capture; 1024 where only the run will tell."""
     parts = region.parts
     tokens, cut = value(parts.tokens), value(parts.cut)
-    dims = list(tokens.shape[:-1])
     return Layer(
-        tokens=math.prod(number(size, symbols([size], _UNKNOWN_TOKENS)) for size in dims),
+        tokens=_num_tokens(tokens),
         top_k=region.top_k,
         num_experts=region.num_experts,
         world_size=world_size,
@@ -37,6 +36,19 @@ def layer_of(region: Region, world_size: int, training: bool, sums_gradients: bo
         shared=tuple(map(_product, shared_matmuls(parts.combined, parts.tokens))),
         sums_gradients=sums_gradients,
     )
+
+
+def buffer_bytes(region: Region, world_size: int) -> int:
+    """Of strategy "direct": two halves, of a row and ids and weights of each rank's tokens
+    (`moe_fx.devices.cuda.peers.pool`)."""
+    tokens = value(region.parts.tokens)
+    row = tokens.shape[-1] * tokens.element_size() + region.top_k * (4 + 4)
+    return 2 * world_size * _num_tokens(tokens) * int(row)
+
+
+def _num_tokens(tokens: Tensor) -> int:
+    dims = list(tokens.shape[:-1])
+    return math.prod(number(size, symbols([size], _UNKNOWN_TOKENS)) for size in dims)
 
 
 def device_of(region: Region) -> torch.device:

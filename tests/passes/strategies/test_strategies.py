@@ -39,6 +39,8 @@ def test_blocks_compute_the_same_without_a_host_sync(
     assert graphs is not None, report.declined
     (plan,) = report.plans
     assert (plan.strategy, plan.host_sync) == (strategy, "")
+    token = 64 * 4 + 8 * report.regions[0].top_k
+    assert plan.buffer_bytes == (2 * world * 13 * token if strategy == "direct" else 0)
     assert plan.token_slices == (1 if chunks == "off" or strategy == "direct" else chunks)
     assert "moe_fx.split_sizes.default" not in op_names(graphs[0])
     assert error_on_ranks(case, graphs) <= 1e-5
