@@ -38,7 +38,11 @@ from moe_fx.region import Declined, Region, Router, Verification  # noqa: E402
 from moe_fx.report import Report  # noqa: E402
 from moe_fx.weights.clip import clip_grad_norm_  # noqa: E402
 from moe_fx.weights.data_parallel import shards_for_data_parallel  # noqa: E402
-from moe_fx.weights.shard import expert_parameter_bytes, shard_experts  # noqa: E402
+from moe_fx.weights.shard import (  # noqa: E402
+    expert_parameter_bytes,
+    shard_experts,
+    unshard_experts,
+)
 from moe_fx.weights.whole import full_state_dict  # noqa: E402
 
 if "vllm.config.compilation" in sys.modules:  # it asks for ``moe_fx.vllm_pass`` by name
@@ -74,4 +78,5 @@ __all__ = [
     "ops",
     "shard_experts",
     "shards_for_data_parallel",
+    "unshard_experts",
 ]

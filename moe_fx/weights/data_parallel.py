@@ -1,8 +1,9 @@
 """Shards in data parallelism: who averages the other parameters' gradients leaves the shards alone.
 
-The gradient of a shard is the sum over all ranks' tokens. Data parallelism takes the mean of the
-ranks' losses, so theirs is divided by the number of ranks, where it is accumulated: once, however
-many backward passes a step has.
+The gradient of a shard is the sum over the tokens of all ranks that share the experts. Data
+parallelism takes the mean of the ranks' losses, so theirs is divided by the number of all ranks,
+where it is accumulated. Where only some ranks share the experts, others hold copies of the same
+shard: the gradients of copies are summed first (`replicas`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from moe_fx.compat import resolve_group
 from moe_fx.errors import ConfigurationError
 from moe_fx.weights.expert_parameters import slots
+from moe_fx.weights.replicas import replicas
 
-__all__ = ["leave_to_shards", "shards_for_data_parallel"]
+__all__ = ["leave_nothing", "leave_to_shards", "shards_for_data_parallel"]
 
 _WRAPPERS = ("", "_orig_mod.", "base_model.model.")
 """What a wrapper between DDP and the model (``torch.compile``, PEFT) puts before the names."""
@@ -29,24 +33,19 @@ def shards_for_data_parallel(model: nn.Module) -> set[nn.Parameter]:
     ranks; from now on those of the shards are averaged too.
 
     ``fully_shard(model, ignored_params=moe_fx.shards_for_data_parallel(model))``. DDP asks for
-    them itself. Raises `ConfigurationError` unless the experts are shared among all ranks.
+    them itself. Every rank calls this. Raises `ConfigurationError` where the experts are shared by
+    groups of ranks that are not of equal size, or are not all ranks together.
     """
     shards: dict[int, Any] = {}
     for slot in slots(model):
         if slot.unshard is None:
             continue
-        ranks, world = slot.unshard.group_size, dist.get_world_size()
-        if ranks != world:
-            raise ConfigurationError(
-                f"{slot.full_name} is shared among {ranks} of {world} ranks, and copies of a shard "
-                "in other groups would be trained apart. Shard the experts over all ranks to train "
-                "in data parallelism, or reduce the gradients of copies yourself."
-            )
-        shards[id(slot.tensor)] = slot.tensor
-    for shard in shards.values():
+        shard: Any = slot.tensor
+        shards[id(shard)] = shard
         shard._ddp_ignored = True
         if shard.requires_grad and not _averages(shard):
-            shard.register_hook(_Mean(dist.get_world_size()))
+            copies = replicas(resolve_group(slot.unshard.group_name))
+            shard.register_hook(_Mean(dist.get_world_size(), copies))
     return set(shards.values())
 
 
@@ -55,6 +54,13 @@ def leave_to_shards(model: nn.Module) -> None:
     present = getattr(model, _IGNORED, ())
     if not isinstance(present, _LeftToShards):
         setattr(model, _IGNORED, _LeftToShards(model, tuple(present)))
+
+
+def leave_nothing(model: nn.Module) -> None:
+    """`leave_to_shards` undone."""
+    present = getattr(model, _IGNORED, None)
+    if isinstance(present, _LeftToShards):
+        setattr(model, _IGNORED, list(present.others))
 
 
 class _LeftToShards:
@@ -85,11 +91,24 @@ def _refuse_accelerate() -> None:
 
 
 class _Mean:
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    """copies: the group of the ranks that hold the same shard; None: no other does."""
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient / self.ranks
+    def __init__(self, ranks: int, copies: str | None) -> None:
+        self.ranks, self.copies = ranks, copies
+
+    def __call__(self, gradient: Any) -> Tensor:
+        if self.copies is None:
+            return gradient / self.ranks  # type: ignore[no-any-return]
+        rows = (gradient.to_local() / self.ranks).contiguous()
+        dist.all_reduce(rows, group=resolve_group(self.copies))
+        return DTensor.from_local(
+            rows,
+            gradient.device_mesh,
+            gradient.placements,
+            run_check=False,
+            shape=gradient.shape,
+            stride=gradient.stride(),
+        )
 
 
 def _averages(shard: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.ranks.groups import check_device, require_group
-from moe_fx.weights.data_parallel import leave_to_shards
+from moe_fx.weights.data_parallel import leave_nothing, leave_to_shards
 from moe_fx.weights.expert_parameters import Slot, expert_parameters
 from moe_fx.weights.safetensors_file import open_safetensors
 from moe_fx.weights.shards import as_shard, block
@@ -59,6 +59,15 @@ def adapt(model: nn.Module) -> None:
     leave_to_shards(model)
     if is_pretrained(model):
         save_whole(model)
+
+
+def readapt(model: nn.Module) -> None:
+    """`adapt` undone: there are no shards any more."""
+    leave_nothing(model)
+    for module in model.modules():
+        saving = vars(module).get("save_pretrained")
+        if isinstance(saving, partial) and saving.func is _save_pretrained:
+            del vars(module)["save_pretrained"]
 
 
 @contextmanager

@@ -29,10 +29,14 @@ from torch import nn
 from moe_fx.ranks.groups import require_group
 from moe_fx.weights.checkpoint import assign, read
 from moe_fx.weights.expert_parameters import Slot, expert_parameters, likely_experts, slots
-from moe_fx.weights.pretrained import adapt, read_whole
+from moe_fx.weights.pretrained import adapt, read_whole, readapt
 from moe_fx.weights.shards import as_shard, block, retire
+from moe_fx.weights.unshard import uninstall
+from moe_fx.weights.whole import meet
 
-__all__ = ["expert_parameter_bytes", "shard_experts"]
+__all__ = ["expert_parameter_bytes", "shard_experts", "unshard_experts"]
+
+_TIMEOUT = 300.0
 
 
 def shard_experts(
@@ -87,6 +91,30 @@ def _cut(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
             retire(param, shards[id(param)])
         target.module._parameters[target.name] = shards[id(param)]
     read_whole(targets, group)
+
+
+def unshard_experts(model: nn.Module) -> nn.Module:
+    """The experts whole again on every rank: `shard_experts` undone; return the same model.
+
+    Every rank of the group calls this; a table at a time is gathered. These are new `Parameter`
+    objects (``requires_grad`` and ties stay), without gradients: create the optimizer anew. A model
+    that is not sharded comes back unchanged. Raises `RanksDiffer` where a rank does not call it.
+    """
+    sharded = [slot for slot in slots(model) if slot.unshard is not None]
+    if not sharded:
+        return model
+    meet("make experts whole (moe_fx.unshard_experts)", _TIMEOUT)
+    whole: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for slot in sharded:
+        shard: Any = slot.tensor
+        if id(shard) not in whole:
+            table = shard.detach().full_tensor()
+            whole[id(shard)] = nn.Parameter(table, requires_grad=shard.requires_grad)
+        slot.module._parameters[slot.name] = whole[id(shard)]
+    for module in {id(slot.module): slot.module for slot in sharded}.values():
+        uninstall(module)
+    readapt(model)
+    return model
 
 
 def expert_parameter_bytes(model: nn.Module) -> tuple[int, int]:

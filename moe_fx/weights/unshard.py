@@ -22,7 +22,7 @@ from moe_fx.compat import all_gather_rows, traces_a_body
 from moe_fx.errors import ConfigurationError
 from moe_fx.weights.shards import load_whole
 
-__all__ = ["Unshard", "install", "shards_of"]
+__all__ = ["Unshard", "install", "shards_of", "uninstall"]
 
 _SHARDS = "_moe_fx_shards"  # of a module with shards: by name, how each is read
 
@@ -69,6 +69,12 @@ def install(module: nn.Module, names: Sequence[str], group: dist.ProcessGroup) -
         _BASES[_CLASSES[key]] = base
     vars(module)[_SHARDS] = shards
     module.__class__ = _CLASSES[key]
+
+
+def uninstall(module: nn.Module) -> None:
+    """Make the module's parameters, which are whole again, read as such."""
+    del vars(module)[_SHARDS]
+    module.__class__ = _BASES[type(module)]
 
 
 _CLASSES: dict[tuple[type, frozenset[str]], type] = {}  # by class before, names of shards

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from torch.nn.utils import clip_grad_value_, parameters_to_vector, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import moe_fx
+from tests.e2e.ranks import expert_block
 
 EXPERTS = 4
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -94,16 +96,23 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return model
 
 
-def trained(rank: int, wrap: Callable[..., Any], optimizer: str) -> tuple[float, list[float]]:
+def pairs() -> dist.ProcessGroup:
+    """This rank's, of two that share the experts each."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))["ep"].get_group()
+
+
+def trained(
+    rank: int, wrap: Callable[..., Any], optimizer: str, in_pairs: bool = False, steps: int = 3
+) -> tuple[float, list[float]]:
     """(largest difference of a parameter, relative difference of each step's norm) after training
     with clipping, from one process that has the batches of all ranks."""
-    model = moe_fx.shard_experts(Model())
+    model = moe_fx.shard_experts(Model(), pairs() if in_pairs else None)
     wrapped = wrap(model)
     opt = OPTIMIZERS[optimizer](wrapped.parameters())
     one = Model()
     one_opt = OPTIMIZERS[optimizer](one.parameters())
     norms = []
-    for step in range(3):
+    for step in range(steps):
         opt.zero_grad()
         wrapped(*batch(rank, step)).square().mean().backward()
         norm = moe_fx.clip_grad_norm_(wrapped.parameters(), 0.5)
@@ -252,10 +261,37 @@ def early_optimizer(rank: int) -> str:
     return ""
 
 
-def subgroup_in_ddp(rank: int) -> str:
-    """Experts shared by pairs of four ranks: copies of a shard would drift apart."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    model = moe_fx.shard_experts(Model(), pairs[rank // 2])
+def compiled_in_pairs(rank: int) -> tuple[float, list[str]]:
+    """A block of transformers in DDP, compiled by moe_fx, the experts shared by pairs of four
+    ranks: difference from one process after some steps, and the strategies."""
+    torch._dynamo.reset()
+    reports: list[moe_fx.Report] = []
+    options = {"base": "aot_eager", "on_report": reports.append, "strict": True}
+    model = moe_fx.shard_experts(expert_block(), pairs())
+    wrapped = DistributedDataParallel(torch.compile(model, backend="moe_fx", options=options))
+    one = expert_block()
+    opt, one_opt = (OPTIMIZERS["SGD"](each.parameters()) for each in (wrapped, one))
+    for step in range(3):
+        every = [
+            torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(10 * step + each))
+            for each in range(4)
+        ]
+        opt.zero_grad()
+        wrapped(every[rank]).square().mean().backward()
+        moe_fx.clip_grad_norm_(wrapped.parameters(), 0.5)
+        opt.step()
+        one_opt.zero_grad()
+        torch.stack([one(each).square().mean() for each in every]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+        one_opt.step()
+    plans = [plan.strategy for report in reports for plan in report.plans]
+    return distance(model.state_dict(), one.state_dict()), plans
+
+
+def uneven_groups_in_ddp(rank: int) -> str:
+    """Experts shared by two of four ranks, and by none."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2]), dist.new_group([3])]
+    model = moe_fx.shard_experts(Model(), groups[max(0, rank - 1)])
     try:
         DistributedDataParallel(model)
     except moe_fx.ConfigurationError as error:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import moe_fx
-from tests.e2e.sharded import Model, batch, distance
+from tests.e2e.sharded import EXPERTS, Experts, Model, batch, distance
 
 # ---- Saving and loading
 
@@ -38,6 +38,38 @@ def _one_step(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
             param.grad /= dist.get_world_size()
     optimizer.step()
     return model, optimizer
+
+
+def unsharded(rank: int) -> list[float]:
+    """Differences of a model, sharded and trained a step, made whole, from one process's; of a
+    plain step after that; and of what it computes when it is sharded again."""
+    model, _ = _one_step(moe_fx.shard_experts(Model()))
+    one, _ = _one_step(Model())
+    assert moe_fx.unshard_experts(model) is model
+    assert type(model.mlp) is Experts and type(model.mlp.weight) is nn.Parameter
+    assert model.mlp.weight.requires_grad and model.mlp.weight.shape[0] == EXPERTS
+    found = [distance(model.state_dict(), one.state_dict())]
+    wrapped = DistributedDataParallel(model)
+    for each in (wrapped, one):
+        each.zero_grad()
+        each(*batch(0)).square().mean().backward()
+    grads = [{k: p.grad for k, p in each.named_parameters()} for each in (model, one)]
+    found.append(distance(*grads))
+    again = moe_fx.shard_experts(model)
+    found.append(float((again(*batch(rank)) - one(*batch(rank))).abs().max()))
+    assert moe_fx.unshard_experts(Model()) is not None  # nothing to do, and no rank is waited for
+    return found
+
+
+def unsharded_pretrained(rank: int, path: Path) -> list[str]:
+    """Files that rank 0 alone writes of a transformers model made whole."""
+    from tests.models import build
+
+    model, _ = build("qwen3_moe", "grouped_mm", torch.float32)
+    moe_fx.unshard_experts(moe_fx.shard_experts(model))
+    if rank == 0:
+        model.save_pretrained(path)
+    return sorted(each.name for each in path.iterdir()) if rank == 0 else []
 
 
 def loaded(rank: int, path: Path, sharded: bool) -> tuple[float, float]:

@@ -47,6 +47,23 @@ def test_four_ranks_in_ddp_train_as_one_process(ranks4: RankPool) -> None:
         assert max(norms) < EXACT
 
 
+@pytest.mark.parametrize("wrap", [on_rank.ddp, on_rank.fsdp2], ids=lambda wrap: wrap.__name__)
+def test_two_pairs_that_share_the_experts_train_as_one_process(
+    ranks4: RankPool, wrap: Callable[..., Any]
+) -> None:
+    """Expert parallelism in pairs, data parallelism over all four ranks."""
+    step = partial(on_rank.trained, wrap=wrap, optimizer="AdamW", in_pairs=True, steps=10)
+    for difference, norms in ranks4.run(step):
+        assert difference < EXACT
+        assert max(norms) < EXACT
+
+
+def test_two_pairs_train_compiled_as_one_process(ranks4: RankPool) -> None:
+    for difference, strategies in ranks4.run(on_rank.compiled_in_pairs):
+        assert difference < EXACT
+        assert set(strategies) == {"alltoall"}
+
+
 def test_gradients_accumulate_under_no_sync(ranks2: RankPool) -> None:
     assert max(ranks2.run(on_rank.accumulated)) < EXACT
 
@@ -94,9 +111,9 @@ def test_an_optimizer_made_before_sharding_says_so(ranks2: RankPool) -> None:
         assert "after shard_experts" in message
 
 
-def test_ddp_over_more_ranks_than_share_the_experts_is_refused(ranks4: RankPool) -> None:
-    for message in ranks4.run(on_rank.subgroup_in_ddp):
-        assert "shared among 2 of 4 ranks" in message
+def test_data_parallelism_of_groups_of_other_sizes_is_refused(ranks4: RankPool) -> None:
+    for message in ranks4.run(on_rank.uneven_groups_in_ddp):
+        assert "shared by the ranks [0, 1], [2], [3]" in message
 
 
 def test_accelerate_is_told_what_to_do_instead(ranks2: RankPool) -> None:
@@ -106,6 +123,13 @@ def test_accelerate_is_told_what_to_do_instead(ranks2: RankPool) -> None:
 
 
 # ---- Saving and loading
+
+
+def test_experts_are_made_whole_again(ranks2: RankPool, tmp_path: Path) -> None:
+    for differences in ranks2.run(saving.unsharded):
+        assert max(differences) < 1e-6
+    files, _ = ranks2.run(saving.unsharded_pretrained, tmp_path)
+    assert "model.safetensors" in files
 
 
 def test_dcp_saves_the_whole_and_loads_into_any_number_of_ranks(
