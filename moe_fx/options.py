@@ -60,7 +60,7 @@ class Options(BaseModel):
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     strategy: how tokens and experts meet (`moe_fx.plan.ExchangePlan`); "auto": what costs least of
         "alltoall" and, with even_tokens, "allgather"; on an NPU, with even_tokens, "mc2" for as few
-        tokens as it takes.
+        tokens as it takes. The others only if asked for.
     even_tokens: a promise that in every step all ranks have the same number of tokens, checked when
         the graph runs: lets "auto" take "allgather" too. Asking for a strategy that needs it is to
         promise it.

@@ -94,7 +94,7 @@ def combine(
     if not most:
         returned = rows.new_empty(0) if factors is None else factors.new_empty(ids.shape)
         return rows.new_empty((0, *shape)), returned
-    pool.check()
+    pool.begin()
     layout = _layout(pool, most, flat, ids, factors)
     pool.make_room(layout)
     step = pool.step(most, layout, layer, exchange_timeout)

@@ -133,9 +133,22 @@ class Pool:
 
     def tell(self, tokens: int, layer: str, timeout: float) -> int:
         """``M`` of a step in which this rank has so many tokens."""
-        self.check()
-        self._turn_to_stream()
+        self.begin()
         return max(self.board.tell(tokens, f"tokens of {of(layer)}", timeout))
+
+    def begin(self) -> None:
+        """Before each op: raises the error that broke the pool, if one did. The op runs behind the
+        one before it, whatever streams they are on."""
+        self.check()
+        if self.device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            return
+        stream: Any = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def step(self, most: int, layout: Layout, layer: str, timeout: float) -> Step:
         """The next exchange, of the same size on every rank."""
@@ -161,18 +174,6 @@ class Pool:
             raise self.error
         if not in_backward():
             self._thread = threading.get_ident()
-
-    def _turn_to_stream(self) -> None:
-        """Exchanges of one group run one after the other, whatever streams they are started on."""
-        if self.device.type != "cuda":
-            return
-        self._captured |= torch.cuda.is_current_stream_capturing()
-        if torch.cuda.is_current_stream_capturing():
-            return
-        stream: Any = torch.cuda.current_stream(self.device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
 
     def _grow(self, half: int) -> None:
         on_gpu = self.device.type == "cuda"
