@@ -106,3 +106,9 @@ def test_a_planted_circle_and_a_fifteenth_module_are_found(tmp_path: Path) -> No
 
 def test_the_picture_is_of_this_tree() -> None:
     assert PICTURE.read_text() == picture(), "python -m tests.house_picture draws it anew"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by it: of two, one run could take only one."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
