@@ -11,6 +11,7 @@ just after transformers has finished them (missing keys, ties); then they become
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_fx.errors import ConfigurationError
 from moe_fx.ranks.groups import check_device, require_group
+from moe_fx.weights import streaming
 from moe_fx.weights.data_parallel import leave_nothing, leave_to_shards
 from moe_fx.weights.expert_parameters import Slot, expert_parameters
 from moe_fx.weights.safetensors_file import open_safetensors
@@ -36,6 +38,9 @@ from moe_fx.weights.whole import full_state_dict, meet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger("moe_fx")
+
+_SAVING_BEGINS = 300.0
 _SAVING = 3600.0  # seconds that a rank waits until rank 0 has written a checkpoint
 
 
@@ -182,7 +187,8 @@ def load_like(
 def save_whole(model: Any) -> None:
     """Let ``save_pretrained`` of ``model``, and of transformers models within it, write the whole.
 
-    Every rank calls it, as `full_state_dict`; rank 0 writes. It returns when the files are there.
+    Every rank calls it, as `full_state_dict`; rank 0 writes, a block of experts at a time where it
+    can (`moe_fx.weights.streaming`). It returns when the files are there.
     """
     from transformers import PreTrainedModel
 
@@ -191,9 +197,39 @@ def save_whole(model: Any) -> None:
             module.save_pretrained = partial(_save_pretrained, module)  # type: ignore[method-assign]
 
 
+def _save_streaming(model: Any, save: Any, arguments: inspect.BoundArguments) -> bool:
+    """False, on every rank, where the state dict must be put together first."""
+    arguments.apply_defaults()
+    given: dict[str, Any] = arguments.arguments
+    wanted = ("state_dict", "push_to_hub", "variant", "distributed_checkpoint")
+    if any(given.get(name) for name in wanted):
+        return False
+    if getattr(model, "hf_quantizer", None) or getattr(model, "_hf_peft_config_loaded", False):
+        return False
+    original = given.get("save_original_format", True)
+    try:
+        tables = streaming.plan(model, original)
+    except streaming.Unfit as reason:
+        log.info("save_pretrained puts the whole model together on rank 0: %s", reason)
+        return False
+    meet("save a model (save_pretrained)", _SAVING_BEGINS)
+
+    def rest(folder: Path, dense: dict[str, Any]) -> None:
+        given.update(save_directory=folder, state_dict=dense)
+        save(*arguments.args, **arguments.kwargs)
+
+    target = Path(given["save_directory"]) if given.get("is_main_process", True) else None
+    size = given.get("max_shard_size", "50GB")
+    streaming.save(model, tables, original, target, size, rest)
+    meet("finish save_pretrained", _SAVING)
+    return True
+
+
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     save = type(model).save_pretrained
     arguments = inspect.signature(save).bind(model, *args, **kwargs)
+    if _save_streaming(model, save, arguments):
+        return
     given = arguments.arguments.get("state_dict")
     if given is None:
         whole = full_state_dict(model)

@@ -3,9 +3,12 @@ handed to transformers and PEFT."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import moe_fx
+from moe_fx.weights import pretrained as pretrained_module
 from tests.e2e.sharded import EXPERTS, Experts, Model, batch, distance
 
 # ---- Saving and loading
@@ -197,6 +201,96 @@ def pretrained(rank: int, path: Path) -> float:
         for name in ("one", "more")
     ]
     return max(errors)
+
+
+def streamed(rank: int, path: Path, family: str) -> tuple[float, list[str], list[str]]:
+    """(difference of what was written from the model, names of tensors in the checkpoint of the
+    sharded model, of the whole model)."""
+    from transformers import AutoModelForCausalLM
+
+    from moe_fx.weights.safetensors_file import names_in
+    from tests.models import build
+
+    model, _ = build(family)
+    whole_model = copy.deepcopy(model)
+    moe_fx.shard_experts(model)
+    with mock.patch.object(pretrained_module, "full_state_dict", side_effect=AssertionError):
+        for _ in range(2):  # the second time over the first
+            model.save_pretrained(
+                path / "streamed", max_shard_size="60KB", is_main_process=not rank
+            )
+    if rank:
+        return 0.0, [], []
+    whole_model.save_pretrained(path / "whole")
+    names = [
+        sorted(name for names in names_in(path / kind).values() for name in names)
+        for kind in ("streamed", "whole")
+    ]
+    found = AutoModelForCausalLM.from_pretrained(path / "streamed")
+    leftover = [each.name for each in (path / "streamed").iterdir() if each.is_dir()]
+    assert leftover == []
+    return distance(found.state_dict(), whole_model.state_dict()), *names
+
+
+def killed(rank: int, path: Path) -> float:
+    """Difference of the checkpoint in ``path`` from the model that was saved there, once another
+    save has ended before its index was written."""
+    from transformers import AutoModelForCausalLM
+
+    from moe_fx.weights import streaming
+    from tests.models import build
+
+    model, _ = build("qwen3_moe")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moe_fx.shard_experts(model).save_pretrained(path)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    replaced = streaming.os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(target).endswith("index.json"):
+            raise KeyboardInterrupt
+        replaced(source, target)
+
+    with (
+        mock.patch.object(streaming.os, "replace", replace),
+        mock.patch.object(pretrained_module, "meet"),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        model.save_pretrained(path)
+    dist.barrier()
+    return distance(AutoModelForCausalLM.from_pretrained(path).state_dict(), before)
+
+
+def memory(rank: int, path: Path) -> tuple[int, int]:
+    """(bytes by which the peak of this rank's memory grew while a model was saved, bytes of the
+    largest table)."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from tests.models import build
+
+    small, _ = build("qwen3_moe")
+    moe_fx.shard_experts(small).save_pretrained(path / "small")  # what is imported first, stays
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 32}
+    config = Qwen3MoeConfig(
+        **sizes, num_hidden_layers=8, vocab_size=64, num_attention_heads=4, num_key_value_heads=4
+    )
+    model = moe_fx.shard_experts(Qwen3MoeForCausalLM(config))
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    model.save_pretrained(path / "large")
+    return _status("VmHWM") - before, largest
+
+
+def _status(name: str) -> int:
+    """Of this process, in bytes."""
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    ]
+    return 1024 * int(line.split()[1])
 
 
 def adapted(rank: int) -> tuple[float, str]:

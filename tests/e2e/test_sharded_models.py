@@ -186,6 +186,35 @@ def test_casts_and_copies_stay_shards(ranks2: RankPool) -> None:
 # ---- transformers and PEFT
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",
+        "gpt_oss",
+        pytest.param("mixtral", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+    ],
+)
+def test_save_pretrained_streams(ranks2: RankPool, tmp_path: Path, family: str) -> None:
+    """Under the names that transformers writes, whatever the layout of the experts there."""
+    (difference, names, wanted), _ = ranks2.run(saving.streamed, tmp_path, family)
+    assert names == wanted
+    assert difference == 0.0
+
+
+def test_a_save_that_is_cut_short_leaves_the_checkpoint_before(
+    ranks2: RankPool, tmp_path: Path
+) -> None:
+    assert ranks2.run(saving.killed, tmp_path) == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_saving_takes_no_more_memory_than_a_table(ranks2: RankPool, tmp_path: Path) -> None:
+    """The largest one's; the model's experts are twelve times as much."""
+    for grown, largest in ranks2.run(saving.memory, tmp_path):
+        assert grown <= largest
+
+
 def test_save_pretrained_writes_the_whole_model(ranks2: RankPool, tmp_path: Path) -> None:
     assert ranks2.run(saving.pretrained, tmp_path) == [0.0, 0.0]
 
