@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_fx.errors import ConfigurationError
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -83,7 +83,7 @@ class Writer:
             row = math.prod(tensor.shape[1:]) * tensor.itemsize
             self._places[name] = begin, row
             header[name] = {
-                "dtype": _DTYPES[tensor.dtype],
+                "dtype": DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [begin, end],
             }

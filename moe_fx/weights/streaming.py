@@ -34,14 +34,12 @@ from torch.distributed.tensor import DTensor
 
 from moe_fx.compat import resolve_group
 from moe_fx.weights.expert_parameters import Slot, slots
-from moe_fx.weights.safetensors_file import Writer, names_in
+from moe_fx.weights.safetensors_file import DTYPES, Writer, names_in
 
 __all__ = ["Unfit", "plan", "save"]
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\w+)?(-\d{5}-of-\d{5})?\.safetensors")
-
-
 _PIECE = 8 << 20
 """Bytes that rank 0 takes at a time, about; at least an expert's."""
 
@@ -79,6 +77,8 @@ def plan(model: Any, original: bool) -> list[_Table]:
 def _table(model: Any, slot: Slot, original: bool) -> _Table:
     table: Any = slot.tensor
     shape, dtype = tuple(table.shape), table.dtype
+    if dtype not in DTYPES:
+        raise Unfit(f"{slot.full_name} is {dtype}")
     experts, here = shape[0], table.to_local().shape[0]
     whole = _converted(model, slot, torch.empty(shape, dtype=dtype, device="meta"), original)
     part_shape = (here, *shape[1:])
@@ -97,12 +97,13 @@ def _table(model: Any, slot: Slot, original: bool) -> _Table:
 
 
 def _converted(model: Any, slot: Slot, rows: Tensor, original: bool) -> dict[str, Tensor]:
+    name = slot.full_name.replace("_orig_mod.", "")
     if not original:
-        return {slot.full_name: rows}
+        return {name: rows}
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        made: dict[str, Tensor] = revert_weight_conversion(model, {slot.full_name: rows})
+        made: dict[str, Tensor] = revert_weight_conversion(model, {name: rows})
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise Unfit(f"{slot.full_name} cannot be converted by itself: {error}") from error
     return made
