@@ -151,7 +151,7 @@ class ExchangePlan:
         if self.chunks > 1:
             text += f", in {self.chunks} chunks"
         if self.buffer_bytes:
-            text += f", buffers of {self.buffer_bytes / 2**20:.3g} MiB"
+            text += f", on GPUs in buffers of {self.buffer_bytes / 2**20:.3g} MiB"
         if self.predicted is not None:
             took, alone = self.predicted.seconds, self.predicted.unoverlapped
             text += f", expected to take {1e3 * took:.3g} ms ({1e3 * alone:.3g} ms in one)"

@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -85,6 +85,18 @@ def write_json(points: Sequence[Point], rates: Rates, name: str, path: Path) -> 
         "name": name,
         "matmul_flops_per_second": rates.flops,
         "copy_bytes_per_second": rates.bytes,
+    }
+    write(path, machine, points)
+
+
+class _Figures(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def write(path: Path, machine: dict[str, Any], points: Sequence[_Figures]) -> None:
+    """machine: what is known of it beside date and versions. `MoeFxError` if it cannot be
+    written."""
+    machine = machine | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }

@@ -166,11 +166,12 @@ def _combine(
     wanted = [_has_some(_here(ids, other, world, num_experts)) for other in range(world)]
     recv = [int(mask.sum()) for mask in wanted]
     send = some.view(world, -1).sum(1).tolist()
-    arrived = link.exchanged(rows[some], send, recv)
+    sent = rows[some]
+    arrived = link.exchanged(sent, send, recv)
     total = rows.new_zeros((len(ids), *rows.shape[1:]), dtype=_wide(rows))
     for mask, its in zip(wanted, arrived.split(recv), strict=True):
         total[mask] += its.to(total.dtype)
-    link.count(group, rows[some], send[rank])
+    link.count(group, sent, send[rank])
     returned = rows.new_empty(0)
     if factors is not None:
         every = link.exchanged(factors, *[[len(factors) // world] * world] * 2)

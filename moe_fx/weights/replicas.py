@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -14,7 +16,8 @@ from moe_fx.ranks.presence import store_key
 __all__ = ["replicas"]
 
 _TIMEOUT = 300.0
-_found: dict[str, str | None] = {}
+_found: WeakKeyDictionary[dist.ProcessGroup, str | None] = WeakKeyDictionary()
+_asked = itertools.count()
 
 
 def replicas(group: dist.ProcessGroup) -> str | None:
@@ -24,11 +27,9 @@ def replicas(group: dist.ProcessGroup) -> str | None:
     The first call with a group is one of all ranks. Raises `ConfigurationError`, on every rank, if
     the groups are not of one size or are not all ranks together.
     """
-    if group.group_name not in _found:
-        _found[group.group_name] = None
-        if group.size() != dist.get_world_size():
-            _found[group.group_name] = _made(group)
-    return _found[group.group_name]
+    if group not in _found:
+        _found[group] = _made(group) if group.size() != dist.get_world_size() else None
+    return _found[group]
 
 
 def _made(group: dist.ProcessGroup) -> str:
@@ -55,7 +56,7 @@ def _told(own: list[int]) -> list[list[int]]:
     """By rank, the ranks with which it shares experts."""
     everyone = dist.group.WORLD
     assert everyone is not None
-    store, number = group_store(everyone), len(_found)
+    store, number = group_store(everyone), next(_asked)
     keys = {rank: store_key(everyone, f"shares/{number}/{rank}") for rank in range(everyone.size())}
     store.set(keys[everyone.rank()], json.dumps(own))
     wait_for(everyone, keys, _TIMEOUT, "trains sharded experts in data parallelism")

@@ -30,7 +30,7 @@ from moe_fx.ranks.groups import require_group
 from moe_fx.weights.checkpoint import assign, read
 from moe_fx.weights.expert_parameters import Slot, expert_parameters, likely_experts, slots
 from moe_fx.weights.pretrained import adapt, read_whole, readapt
-from moe_fx.weights.shards import as_shard, block, retire
+from moe_fx.weights.shards import as_shard, block, retire, retire_shard
 from moe_fx.weights.unshard import uninstall
 from moe_fx.weights.whole import meet
 
@@ -104,13 +104,15 @@ def unshard_experts(model: nn.Module) -> nn.Module:
     if not sharded:
         return model
     meet("make experts whole (moe_fx.unshard_experts)", _TIMEOUT)
-    whole: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    shards: dict[int, Any] = {id(slot.tensor): slot.tensor for slot in sharded}  # a tied one once
+    whole = {
+        key: nn.Parameter(shard.detach().full_tensor(), requires_grad=shard.requires_grad)
+        for key, shard in shards.items()
+    }
     for slot in sharded:
-        shard: Any = slot.tensor
-        if id(shard) not in whole:
-            table = shard.detach().full_tensor()
-            whole[id(shard)] = nn.Parameter(table, requires_grad=shard.requires_grad)
-        slot.module._parameters[slot.name] = whole[id(shard)]
+        slot.module._parameters[slot.name] = whole[id(slot.tensor)]
+    for shard in shards.values():
+        retire_shard(shard)
     for module in {id(slot.module): slot.module for slot in sharded}.values():
         uninstall(module)
     readapt(model)

@@ -65,6 +65,24 @@ class _Retired(nn.Parameter):
         )
 
 
+def retire_shard(shard: Any) -> None:
+    """A whole parameter has taken the place of ``shard``: what still holds that (an optimizer made
+    before) gets an error for its gradient."""
+    shard.grad = None
+    shard.__class__ = _RetiredShard
+
+
+class _RetiredShard(DTensor):
+    """A parameter that was a shard before `unshard_experts`."""
+
+    @property
+    def grad(self) -> Any:  # type: ignore[override]
+        raise ConfigurationError(
+            "This shard of experts was replaced by the whole parameter. Create the optimizer (and "
+            "wrap or compile the model) after unshard_experts, of model.parameters()."
+        )
+
+
 def load_whole(name: str, value: Any, shard: DTensor) -> Any:
     """What ``load_state_dict`` is to load into ``shard``: of a whole tensor, this rank's rows.
 

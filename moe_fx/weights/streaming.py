@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,10 @@ class _Table:
     slot: Slot
     tensors: Mapping[str, Tensor]
     apart: bool
+
+
+_Block = tuple[_Table, int, Tensor]
+"""Some experts' rows of a table, and the first of them."""
 
 
 def plan(model: Any, original: bool) -> list[_Table]:
@@ -119,10 +123,24 @@ def save(
 ) -> None:
     """tables: of `plan`. target: None where this rank writes nothing. max_shard_size: of a file.
     rest: saves all but the experts into a folder, as transformers does."""
-    if dist.get_rank() or target is None:
-        for _ in _blocks(tables):
+    blocks = _blocks(tables)
+    try:
+        if dist.get_rank() == 0 and target is not None:
+            _write(model, tables, original, target, max_shard_size, rest, blocks)
+    finally:
+        for _ in blocks:  # the other ranks wait until theirs are taken, whatever has failed here
             pass
-        return
+
+
+def _write(
+    model: Any,
+    tables: Sequence[_Table],
+    original: bool,
+    target: Path,
+    max_shard_size: int | str,
+    rest: Callable[[Path, dict[str, Tensor]], Any],
+    blocks: Iterable[_Block],
+) -> None:
     target.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
@@ -133,14 +151,19 @@ def save(
         }
         rest(folder, dense)
         files = names_in(folder)
-        files |= _write_experts(model, tables, original, folder, max_shard_size)
+        files |= _write_experts(model, tables, original, folder, max_shard_size, blocks)
         _publish(folder, target, files, model.num_parameters())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_experts(
-    model: Any, tables: Sequence[_Table], original: bool, folder: Path, max_shard_size: int | str
+    model: Any,
+    tables: Sequence[_Table],
+    original: bool,
+    folder: Path,
+    max_shard_size: int | str,
+    blocks: Iterable[_Block],
 ) -> dict[str, list[str]]:
     """By file, the tensors in it."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -152,9 +175,10 @@ def _write_experts(
     with ExitStack() as stack:
         writers: dict[str, Writer] = {}
         for file, names in split.filename_to_tensors.items():
-            writer = stack.enter_context(Writer(folder / file, {n: every[n] for n in names}))
+            writer = Writer(folder / file, {name: every[name] for name in names})
+            stack.callback(writer.close)
             writers |= dict.fromkeys(names, writer)
-        for table, first, rows in _blocks(tables):
+        for table, first, rows in blocks:
             _write_block(table, first, _converted(model, table.slot, rows, original), writers)
             del rows  # not held while the next ones arrive
     return {file: list(names) for file, names in split.filename_to_tensors.items()}
@@ -175,7 +199,7 @@ def _write_block(
         writers[name].write(name, value)
 
 
-def _blocks(tables: Sequence[_Table]) -> Iterator[tuple[_Table, int, Tensor]]:
+def _blocks(tables: Sequence[_Table]) -> Iterator[_Block]:
     """On rank 0 each rank's rows of each table, some experts at a time, with the first of them; the
     others send theirs."""
     for table in tables:

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import moe_fx
+from moe_fx.bench.ranks.programs import CannotRun, hugging_face
 from tests.bench import functional
 
 CHUNKS = (1, 2, 4, 8)
@@ -45,10 +45,6 @@ PEERS = (HF_EAGER, HF_COMPILED, INDUCTOR, INDUCTOR_COST)
 _MEMORY_GBPS = 10.0
 
 
-class CannotRun(Exception):
-    """The variant does not exist here; the message says why."""
-
-
 @dataclass
 class Program:
     """``call`` runs the forward of ``module``. compiling: what holds while it is compiled.
@@ -69,7 +65,7 @@ def make(name: str, block: Callable[[], nn.Module], sharded: Callable[[], nn.Mod
     """``block()``: a new whole block. ``sharded()``: one whose experts `moe_fx.shard_experts` has
     cut, the same for every caller. Raises `CannotRun`."""
     if name in (HF_EAGER, HF_COMPILED):
-        module = _hugging_face(block())
+        module = hugging_face(block())
         return Program(module, torch.compile(module) if name == HF_COMPILED else module)
     if name in (INDUCTOR, INDUCTOR_COST):
         estimate = None
@@ -124,22 +120,6 @@ def _ours(module: nn.Module, name: str, base: str) -> Program:
         module, backend="moe_fx", fullgraph=True, dynamic=False, options=options
     )
     return Program(module, compiled, reports=reports)
-
-
-def _hugging_face(block: nn.Module) -> nn.Module:
-    try:
-        from transformers.distributed.expert_parallel import apply_expert_parallelism
-    except ImportError as error:
-        raise CannotRun(f"this transformers has no AllToAllEP: {error}") from None
-    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("ep", "tp"))
-    plan = {
-        "experts.gate_up_proj": "grouped_gemm",
-        "experts.down_proj": "grouped_gemm",
-        "experts": "ep_dispatch_experts",
-    }
-    return apply_expert_parallelism(
-        block, mesh["ep"], mesh["tp"], plan, ep_implementation="all_to_all"
-    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,7 +48,7 @@ def _one_step(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 def unsharded(rank: int) -> list[float]:
     """Differences of a model, sharded and trained a step, made whole, from one process's; of a
     plain step after that; and of what it computes when it is sharded again."""
-    model, _ = _one_step(moe_fx.shard_experts(Model()))
+    model, before = _one_step(moe_fx.shard_experts(Model()))
     one, _ = _one_step(Model())
     assert moe_fx.unshard_experts(model) is model
     assert type(model.mlp) is Experts and type(model.mlp.weight) is nn.Parameter
@@ -59,6 +60,8 @@ def unsharded(rank: int) -> list[float]:
         each(*batch(0)).square().mean().backward()
     grads = [{k: p.grad for k, p in each.named_parameters()} for each in (model, one)]
     found.append(distance(*grads))
+    with pytest.raises(moe_fx.ConfigurationError, match="after unshard_experts"):
+        before.step()
     again = moe_fx.shard_experts(model)
     found.append(float((again(*batch(rank)) - one(*batch(rank))).abs().max()))
     assert moe_fx.unshard_experts(Model()) is not None  # nothing to do, and no rank is waited for

@@ -91,10 +91,40 @@ def wrong(rank: int) -> RankPoint:
         made = programs.make(*args)
         return programs.Program(lambda given: made.call(given) + 0.1 * rank)
 
+    return measured_with(make)
+
+
+def measured_with(make: Any) -> RankPoint:
+    point = RankPoint("tiny", 12, "uniform", False, 2)
     with mock.patch.object(measure, "make", make):
-        return measure.measure(
-            *(QWEN3, 12, "uniform", ["compute"], Host(), 1, False, "eager"), lambda _: None
-        )
+        measure.measure(QWEN3, point, ["compute"], Host(), 1, "eager", lambda _: None)
+    return point
+
+
+def fails(rank: int) -> RankPoint:
+    """One rank of a program that cannot run; the other does not wait for it."""
+
+    def make(*args: Any) -> programs.Program:
+        if rank:
+            raise programs.CannotRun("not here")
+        return programs.make(*args)
+
+    return measured_with(make)
+
+
+def test_what_fails_on_one_rank_fails_on_all(ranks2: RankPool) -> None:
+    for point in ranks2.run(fails):
+        assert point.failed == {"compute": "not here"} and point.samples == {}
+
+
+def ours_left_alone(rank: int) -> RankPoint:
+    """A program of ours that made no graph."""
+    return measured_with(lambda *args: programs.Program(programs.make(*args).call, []))
+
+
+def test_a_layer_that_was_not_rewritten_is_not_timed(ranks2: RankPool) -> None:
+    for point in ranks2.run(ours_left_alone):
+        assert "did not rewrite the layer" in point.failed["compute"]
 
 
 def test_a_wrong_result_of_any_rank_is_seen_on_all(ranks2: RankPool) -> None:

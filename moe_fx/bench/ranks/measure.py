@@ -7,18 +7,20 @@ ranks begin each call together, and a call has taken what the slower rank took.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_fx.bench.layers import Block, Layer, build_block
 from moe_fx.bench.machine import Machine
 from moe_fx.bench.ranks.points import RankPoint
 from moe_fx.bench.ranks.programs import CAPTURED, EXCHANGE, CannotRun, make
-from moe_fx.bench.reference import first, relative_error
+from moe_fx.bench.reference import first, relative_error, steady
+from moe_fx.errors import ConfigurationError
 
 __all__ = ["measure"]
 
@@ -29,40 +31,68 @@ Call = Callable[[], Any]
 
 def measure(
     layer: Layer,
-    tokens: int,
-    routing: str,
-    programs: list[str],
+    point: RankPoint,
+    programs: Sequence[str],
     machine: Machine,
     rounds: int,
-    training: bool,
     base: str,
     say: Callable[[str], None],
-) -> RankPoint:
-    """Every rank calls it alike."""
-    point = RankPoint(layer.name, tokens, routing, training, dist.get_world_size())
+) -> None:
+    """Fills ``point``. Every rank calls it alike."""
     torch._dynamo.reset()
-    given, top_k, expected = _given(layer, point, machine)
+    inputs = _Inputs.of(layer, point, machine)
     calls: dict[str, Call] = {}
     for name in programs:
         say(f"{point.title}: {name}")
-        call = _prepared(name, layer, point, given, top_k, expected, machine, base)
+        call = _prepared(name, layer, point, inputs, machine, base)
         if call is not None:
             calls[name] = call
-            if name in CAPTURED and not training:
-                _capture(name, call, point, calls, given, expected, machine)
+            if name in CAPTURED and not point.training:
+                calls |= _captured(name, call, point, inputs, machine)
     point.judge()
     say(f"{point.title}: timing")
     point.samples = _timed(calls, machine, rounds)
-    return point
 
 
-def _given(layer: Layer, point: RankPoint, machine: Machine) -> tuple[Tensor, int, list[Tensor]]:
-    """Tokens, the experts of each, and what the block makes of them on one GPU."""
-    training = point.training
-    whole = _block(layer, machine, training)
-    given = _tokens(whole, point.tokens, point.routing, machine).requires_grad_(training)
-    top_k = whole.selected(given.detach()).shape[1]
-    return given, top_k, _results(lambda: first(whole.module(given)), given, training)
+@dataclass
+class _Inputs:
+    """Of this rank. steady ``[T]``: tokens whose experts do not hang on rounding. output: the
+    gradient of the result. expected: what the block makes of them on one GPU."""
+
+    tokens: Tensor
+    top_k: int
+    steady: Tensor
+    output: Tensor
+    expected: list[Tensor]
+
+    @classmethod
+    def of(cls, layer: Layer, point: RankPoint, machine: Machine) -> _Inputs:
+        whole = _block(layer, machine, point.training)
+        tokens = _tokens(whole, point.tokens, point.routing, machine)
+        same, top_k = steady(whole, tokens), whole.selected(tokens).shape[1]
+        inputs = cls(tokens, top_k, same, torch.randn_like(tokens), [])
+        tokens.requires_grad_(point.training)
+        inputs.expected = inputs.results(lambda: first(whole.module(tokens)), whole.module)
+        return inputs
+
+    def results(self, run: Callable[[], Tensor], trained: nn.Module | None) -> list[Tensor]:
+        """The result and, where ``trained`` has gradients, that of the tokens."""
+        trains = trained is not None and self.tokens.requires_grad
+        with torch.set_grad_enabled(trains):
+            out = run()
+            if trained is None or not trains:
+                return [out]
+            for each in (self.tokens, *trained.parameters()):
+                each.grad = None
+            out.backward(self.output)
+            assert self.tokens.grad is not None
+            return [out.detach(), self.tokens.grad]
+
+    def error(self, found: Sequence[Tensor]) -> float:
+        return max(
+            relative_error(one[:, self.steady], other[:, self.steady])
+            for one, other in zip(found, self.expected, strict=True)
+        )
 
 
 def _block(layer: Layer, machine: Machine, training: bool) -> Block:
@@ -75,77 +105,62 @@ def _block(layer: Layer, machine: Machine, training: bool) -> Block:
 
 
 def _prepared(
-    name: str,
-    layer: Layer,
-    point: RankPoint,
-    given: Tensor,
-    top_k: int,
-    expected: list[Tensor],
-    machine: Machine,
-    base: str,
+    name: str, layer: Layer, point: RankPoint, inputs: _Inputs, machine: Machine, base: str
 ) -> Call | None:
     """A call that has been seen to be right; None, with the reason in the point, if any rank has
     none."""
-    training, problem, call = point.training, "", None
+    problem, error, call = "", 0.0, None
     try:
-        program = make(name, _block(layer, machine, training).module, top_k, base)
+        module = _block(layer, machine, point.training).module
+        program = make(name, module, inputs.top_k, base)
+        trained = None if name == EXCHANGE else module
 
         def call() -> list[Tensor]:
-            return _results(lambda: program.call(given), given, training and name != EXCHANGE)
+            return inputs.results(lambda: program.call(inputs.tokens), trained)
 
         found = call()
         machine.samples(call, 2)
         point.plans[name] = program.check()
         if name != EXCHANGE:
-            point.errors[name] = _largest(
-                max(relative_error(a, b) for a, b in zip(found, expected, strict=True)), machine
-            )
+            error = inputs.error(found)
     except CannotRun as reason:
         problem = str(reason)
-    except Exception as error:
-        said = str(error).strip().splitlines()
-        problem = type(error).__name__ + (f": {said[0]}" if said else "")
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found_wrong = next(filter(None, problems), "")
-    if found_wrong:
-        point.failed[name] = found_wrong
-        return None
-    return call
+    except Exception as failure:
+        said = str(failure).strip().splitlines()
+        problem = type(failure).__name__ + (f": {said[0]}" if said else "")
+    return call if _agreed(name, point, problem, error) else None
 
 
-def _capture(
-    name: str,
-    call: Call,
-    point: RankPoint,
-    calls: dict[str, Call],
-    given: Tensor,
-    expected: list[Tensor],
-    machine: Machine,
-) -> None:
-    """A graph of it, seen to be right on these tokens once they were others."""
-    graph = f"{name}_graph"
-    with torch.no_grad():
-        replay, (result,) = machine.captured(call)
-        kept = given.clone()
-        given.normal_()
-        replay()
-        given.copy_(kept)
-        replay()
-        point.errors[graph] = _largest(relative_error(result, expected[0]), machine)
-    calls[graph] = replay
+def _captured(
+    name: str, call: Call, point: RankPoint, inputs: _Inputs, machine: Machine
+) -> dict[str, Call]:
+    """A graph of it, seen to be right on these tokens when it has run on others before."""
+    graph, problem, error, replay = f"{name}_graph", "", 0.0, call
+    try:
+        with torch.no_grad():
+            replay, result = machine.captured(call)
+            kept = inputs.tokens.clone()
+            inputs.tokens.normal_()
+            replay()
+            inputs.tokens.copy_(kept)
+            replay()
+            error = inputs.error(result)
+    except Exception as failure:
+        problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return {graph: replay} if _agreed(graph, point, problem, error) else {}
 
 
-def _results(run: Callable[[], Tensor], given: Tensor, training: bool) -> list[Tensor]:
-    """The result and, in training, the gradient of the tokens."""
-    with torch.set_grad_enabled(training):
-        out = run()
-        if not training:
-            return [out]
-        given.grad = None
-        out.backward(torch.ones_like(out))
-        assert given.grad is not None
-        return [out.detach(), given.grad]
+def _agreed(name: str, point: RankPoint, problem: str, error: float) -> bool:
+    """Whether no rank has anything against the program. The point gets the largest error of any
+    rank, or what the first has against it."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (problem, error))
+    against = next((said for said, _ in every if said), "")
+    if against:
+        point.failed[name] = against
+    elif name != EXCHANGE:
+        point.errors[name] = max(each for _, each in every)
+    return not against
 
 
 def _tokens(block: Block, tokens: int, routing: str, machine: Machine) -> Tensor:
@@ -169,14 +184,9 @@ def _router(block: Block) -> Tensor:
     for parameter in block.module.parameters():
         if id(parameter) not in own and parameter.shape == (experts, block.hidden):
             return parameter.detach()
-    raise CannotRun("the block has no router of one row an expert: only uniform routing")
-
-
-def _largest(error: float, machine: Machine) -> float:
-    """Of all ranks."""
-    found = torch.tensor(error, device=machine.device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
+    raise ConfigurationError(
+        "--routing zipf: the block has no router of one row an expert. Leave it out."
+    )
 
 
 def _timed(calls: dict[str, Call], machine: Machine, rounds: int) -> dict[str, list[float]]:

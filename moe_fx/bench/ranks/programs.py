@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_fx.bench.reference import first
 from moe_fx.report import Report
 
-__all__ = ["CAPTURED", "COMPUTE", "EXCHANGE", "HF_COMPILED", "PROGRAMS", "CannotRun", "make"]
+__all__ = ["CAPTURED", "EXCHANGE", "HF_COMPILED", "PROGRAMS", "CannotRun", "hugging_face", "make"]
 
 COMPUTE, EXCHANGE, HF_EAGER, HF_COMPILED = "compute", "exchange", "hf_eager", "hf_compiled"
 _OURS: dict[str, dict[str, Any]] = {
@@ -48,14 +48,14 @@ class CannotRun(Exception):
 
 @dataclass
 class Program:
-    """call: tokens ``[1, T, H]`` to the block's result. reports: of moe_fx."""
+    """call: tokens ``[1, T, H]`` to the block's result. reports: of moe_fx; None: not ours."""
 
     call: Function
-    reports: list[Report] = field(default_factory=list)
+    reports: list[Report] | None = None
 
     def check(self) -> str:
         """The plan, once it has run; raises `CannotRun` if moe_fx left the layer as it was."""
-        if not self.reports:
+        if self.reports is None:
             return ""
         plans = [plan.summary for report in self.reports for plan in report.plans]
         if not plans:
@@ -71,7 +71,7 @@ def make(name: str, block: nn.Module, top_k: int, base: str) -> Program:
     if name == EXCHANGE:
         return Program(lambda tokens: _there_and_back(tokens, top_k))
     if name in (HF_EAGER, HF_COMPILED):
-        module = _hugging_face(block)
+        module = hugging_face(block)
         return Program(_first_of(torch.compile(module) if name == HF_COMPILED else module))
     reports: list[Report] = []
     options = {
@@ -100,7 +100,8 @@ def _there_and_back(tokens: Tensor, top_k: int) -> Tensor:
     return back
 
 
-def _hugging_face(block: nn.Module) -> nn.Module:
+def hugging_face(block: nn.Module) -> nn.Module:
+    """transformers' own expert parallelism, of ``block``. Raises `CannotRun`."""
     try:
         from transformers.distributed.expert_parallel import apply_expert_parallelism
     except ImportError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,13 +18,13 @@ from moe_fx.bench.machine import Gpu, Machine
 from moe_fx.bench.ranks.measure import measure
 from moe_fx.bench.ranks.points import RankPoint, show
 from moe_fx.bench.ranks.programs import PROGRAMS
-from moe_fx.bench.results import versions
+from moe_fx.bench.results import write
 from moe_fx.errors import ConfigurationError
 
-__all__ = ["ROUTINGS", "TOKENS", "failures", "on_gpus", "run"]
+__all__ = ["failures", "on_gpus", "run"]
 
-TOKENS = (64, 1024, 8192)
-ROUTINGS = ("uniform", "zipf")
+_TOKENS = (64, 1024, 8192)
+_ROUTINGS = ("uniform", "zipf")
 _DEFAULT = ("qwen3", "mixtral")
 _ROUNDS = 15
 _COMPILED = 64
@@ -66,20 +64,20 @@ def run(
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache")
     chosen = _layers(layers, config)
     names = _known("--program", programs or list(PROGRAMS), PROGRAMS)
-    routings = _known("--routing", routing or ["uniform"], dict.fromkeys(ROUTINGS, ""))
+    routings = _known("--routing", routing or ["uniform"], dict.fromkeys(_ROUTINGS, ""))
     name = f"{dist.get_world_size()} × {machine.name}"
-    say(f"{name}: {len(chosen) * len(tokens or TOKENS) * len(routings)} points, a minute each")
+    say(f"{name}: {len(chosen) * len(tokens or _TOKENS) * len(routings)} points, a minute each")
     points: list[RankPoint] = []
     for layer in chosen:
-        for number in tokens or TOKENS:
+        for number in tokens or _TOKENS:
             for how in routings:
+                point = RankPoint(layer.name, number, how, training, dist.get_world_size())
                 with torch._dynamo.config.patch(recompile_limit=_COMPILED):
-                    point = measure(
-                        layer, number, how, names, machine, rounds or _ROUNDS, training, base, say
-                    )
+                    measure(layer, point, names, machine, rounds or _ROUNDS, base, say)
                 points.append(point)
                 if speaks and path is not None:
-                    _write(points, name, path)
+                    machine_of = {"name": name, "threads": torch.get_num_threads()}
+                    write(path, machine_of, points)
     if speaks:
         show(points, name, console)
     return points
@@ -101,14 +99,3 @@ def _known(option: str, names: Sequence[str], table: dict[str, Any]) -> list[str
         if name.replace("_", "-") not in table and name not in table:
             raise ConfigurationError(f"{option} {name}: give {', '.join(table)}")
     return [name if name in table else name.replace("_", "-") for name in names]
-
-
-def _write(points: list[RankPoint], name: str, path: Path) -> None:
-    machine = {
-        "name": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }
-    found = {"machine": machine, "points": [point.to_dict() for point in points]}
-    path.write_text(json.dumps(found, indent=2))

@@ -262,6 +262,50 @@ def test_a_bug_in_chunks_is_caught(
     assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
 
 
+def pairs_of_the_next_expert(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    if op is ops.permute_local.default:
+        args = (*args[:2], args[2] + 1, *args[3:])
+    return emit(op, *args, **kwargs)
+
+
+def owners_of_twice_as_many(emitter: Any, emit: Emit, op: Any, args: Any, kwargs: Any) -> Node:
+    """Of experts, where tokens go; the first rank has all of them then."""
+    if op in (ops.direct_dispatch.default, ops.direct_experts.default):
+        args = (*args[:-2], 2 * args[-2], args[-1])
+    return emit(op, *args, **kwargs)
+
+
+DIRECT_BUGS = (
+    experts_of_the_next_rank,
+    local_experts_reversed,
+    weights_dropped,
+    pairs_of_the_next_expert,
+    owners_of_twice_as_many,
+)
+
+
+@pytest.mark.parametrize("bug", DIRECT_BUGS, ids=lambda bug: bug.__name__)
+def test_a_bug_in_direct_is_caught(
+    monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug
+) -> None:
+    plant(monkeypatch, bug)
+    graph, report = rewritten(case.module, 2, strategy="direct")
+    assert graph is None
+    assert report.declined[0].reason.startswith((CHANGED, NOT_VERIFIED))
+
+
+def test_a_bug_in_direct_experts_as_one_op_is_caught(
+    monkeypatch: pytest.MonkeyPatch, case: Captured
+) -> None:
+    graph, report = rewritten(case.module, 2, strategy="direct", lower="cuda")
+    assert graph is not None and report.plans[0].fused is not None
+    plant(monkeypatch, owners_of_twice_as_many)
+    graph, report = rewritten(case.module, 2, strategy="direct", lower="cuda")
+    assert graph is None
+    (kept,) = [each for each in report.lowered if each.op == "experts"]
+    assert kept.to == () and kept.kept.startswith("verification: ")
+
+
 @pytest.mark.parametrize("bug", [offsets_off_by_one, weights_dropped], ids=lambda b: b.__name__)
 def test_a_bug_on_one_device_is_caught(
     monkeypatch: pytest.MonkeyPatch, case: Captured, bug: Bug

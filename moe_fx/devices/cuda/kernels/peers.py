@@ -21,10 +21,10 @@ from triton.language.extra.cuda import globaltimer
 
 from moe_fx.devices.cuda.launch import empty, launch
 
-__all__ = ["LATE", "OTHER_STEP", "fetch", "final", "meet", "pick", "push", "put_back", "put_sums"]
+__all__ = ["OTHER_STEP", "fetch", "final", "meet", "pick", "push", "put_back", "put_sums"]
 
-LATE, OTHER_STEP = 1, 2
-"""What a record begins with: ranks did not come; ranks run a step of other size."""
+OTHER_STEP = 2
+"""What a record begins with where ranks run a step of other size; 1: where they did not come."""
 _WIDTH = 1024
 _INTERPRETED_SPINS = 1 << 12
 """Looks at the others' words before one is late, where there is no clock."""
@@ -186,20 +186,21 @@ def _put_sums(
 
 @triton.jit
 def _final(
-    arrived, ids, out, M, H, L, K: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, B: tl.constexpr
-):
-    """The sum, in float32 and in the order of ranks, of what those with an expert of the token
-    sent."""
+    arrived, ids, out, M, H, L,
+    K: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, SUM: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The sum, in the dtype SUM and in the order of ranks, of what those sent that have an expert
+    of the token."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * B + tl.arange(0, B)
     k = tl.arange(0, KP)
     expert = tl.load(ids + token * K + k, mask=k < K, other=-1).to(tl.int32)
-    acc = tl.zeros((B,), tl.float32)
+    acc = tl.zeros((B,), SUM)
     for rank in tl.static_range(W):
         its = (expert >= rank * L) & (expert < (rank + 1) * L)
         width = tl.where(tl.sum(its.to(tl.int32), 0) > 0, H, 0)
         row = arrived + (rank * M + token) * H
-        acc += tl.load(row + n, mask=n < width, other=0.0).to(tl.float32)
+        acc += tl.load(row + n, mask=n < width, other=0.0).to(SUM)
     tl.store(out + token * H + n, acc.to(out.dtype.element_ty), mask=n < H)
 
 
@@ -333,7 +334,7 @@ _DTYPES = {
 
 
 def final(arrived: Tensor, ids: Tensor, world: int, most: int, local: int) -> Tensor:
-    """``arrived [R, H]``, by the rank that sent it, to ``[T, H]``."""
+    """``arrived [R, H]``, by the rank that sent it, to ``[T, H]``, summed in float32 at least."""
     num_tokens, top_k = ids.shape
     width = arrived.shape[1]
     out = empty((num_tokens, width), arrived.dtype, arrived.device)
@@ -342,7 +343,8 @@ def final(arrived: Tensor, ids: Tensor, world: int, most: int, local: int) -> Te
         launch(
             _final, (num_tokens, triton.cdiv(width, block)),
             arrived, ids, out, most, width, local,
-            top_k, triton.next_power_of_2(top_k), world, block,
+            top_k, triton.next_power_of_2(top_k), world,
+            tl.float64 if arrived.dtype == torch.float64 else tl.float32, block,
         )  # fmt: skip
     return out
 

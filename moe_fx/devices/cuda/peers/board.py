@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -76,17 +76,15 @@ class _Posted:
                 time.sleep(_PAUSE)
 
 
-_boards: dict[str, Board | str] = {}
+_boards: WeakKeyDictionary[dist.ProcessGroup, Board | str] = WeakKeyDictionary()
 
 
 def board_of(group: dist.ProcessGroup, timeout: float) -> Board | str:
     """The group's board, or why its ranks have none in common. Its first call is one of all
     ranks."""
-    name = group.group_name
-    if name not in _boards:
-        _boards[name] = _opened(group, timeout)
-        weakref.finalize(group, _boards.pop, name, None)
-    return _boards[name]
+    if group not in _boards:
+        _boards[group] = _opened(group, timeout)
+    return _boards[group]
 
 
 def _opened(group: dist.ProcessGroup, timeout: float) -> Board | str:

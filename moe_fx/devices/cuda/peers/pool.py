@@ -127,7 +127,7 @@ class Pool:
         self.record = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._notes = self.record.numpy()
         self._grow(_LEAST)
-        _watch(self)
+        _watch()
 
     # -- before an exchange ------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class Pool:
             raise MoeFxError(f"no room was made for {layout.size} bytes, there are {self.half}")
         self._turn += 1
         at = (self._turn % 2) * self.half
-        number = self._layers.setdefault(layer, len(self._layers) % _LAYERS)
+        number = self._layers.setdefault(layer, len(self._layers))
         return Step(self, most, at, layout, self.marks[number : number + 1], timeout)
 
     def make_room(self, *layouts: Layout) -> None:
@@ -192,11 +192,6 @@ class Pool:
         self.buffer, addresses = self._memory(2 * half, self.device, resolve_group(self.name))
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.half = half
-
-    @property
-    def bytes(self) -> int:
-        """Of this rank's memory that the pool holds."""
-        return sum(each.numel() for each in (self.buffer, *self._kept))
 
     # -- what devices say --------------------------------------------------------------------------
 
@@ -258,7 +253,7 @@ def pool_of(
     return _pools[key]
 
 
-def _watch(pool: Pool) -> None:
+def _watch() -> None:
     global _looker
     with _lock:
         if _looker is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,16 +16,15 @@ from moe_fx.ranks.presence import store_key
 
 __all__ = ["unreachable"]
 
-_found: dict[tuple[str, torch.device], str] = {}
+_found: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()
 
 
 def unreachable(group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
     """Why they cannot; "" if they can. The same on every rank, which all ask."""
-    key = (group.group_name, device)
-    if key not in _found:
+    if group not in _found:
         board = board_of(group, timeout)
-        _found[key] = board if isinstance(board, str) else _no_peers(group, device, timeout)
-    return _found[key]
+        _found[group] = board if isinstance(board, str) else _no_peers(group, device, timeout)
+    return _found[group]
 
 
 def _no_peers(group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
