@@ -33,6 +33,7 @@ from torch._dynamo.exc import (
     UserError,
 )
 from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -733,3 +734,27 @@ def untraced() -> Iterator[None]:
         nullcontext() if env is None else (env.ignore_fresh_unbacked_symbols()),
     ):
         yield
+
+
+def say_what_dynamo_said(module: GraphModule, captured: GraphModule) -> None:
+    """``module``, made of what Dynamo ``captured`` and with the same inputs, says of these what that
+    says: which are the model's own and stay where they are. The compiler that comes next need not
+    look at those in every call, nor copy them for a CUDA graph."""
+    ours, theirs = (each.graph.find_nodes(op="placeholder") for each in (module, captured))
+    metas = {name: captured.meta[name] for name in _OF_DYNAMO if name in captured.meta}
+    if module is captured or not metas or len(ours) != len(theirs):
+        return
+    if not all(hasattr(node, "_dynamo_source") for node in theirs):
+        return
+    for own, given in zip(ours, theirs, strict=True):
+        own._dynamo_source = given._dynamo_source
+        static = given.meta.get("tensor_dict", {}).get(_STATIC)
+        if static:
+            own.meta["tensor_dict"] = {_STATIC: static}
+    module.meta |= metas
+    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    module._param_name_to_source = {name: ConstantSource(f"moe_fx.{name}") for name in held}
+
+
+_OF_DYNAMO = ("dynamo_flat_name_to_original_fqn", "dynamo_compile_id")
+_STATIC = "_dynamo_static_input_type"

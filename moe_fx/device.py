@@ -38,3 +38,7 @@ class Device:
         """Why the group's ranks cannot write to each other's memory, where strategy "direct" is
         kernels that do; "" if they can. All ranks ask."""
         return ""
+
+    def writes_to_peers(self, device: torch.device) -> bool:
+        """Whether strategy "direct" is such kernels, for tensors on ``device``."""
+        return False

@@ -16,7 +16,7 @@ from moe_fx.capture.autocast import switch_off
 from moe_fx.capture.bodies import close_bodies, open_bodies
 from moe_fx.capture.capture import NotFunctional, capture
 from moe_fx.capture.local_tensors import Localised, localise
-from moe_fx.compat import in_compiled_autograd
+from moe_fx.compat import in_compiled_autograd, say_what_dynamo_said
 from moe_fx.devices import device_for
 from moe_fx.entry.ambient import neutral
 from moe_fx.entry.announce import Announcement
@@ -94,6 +94,7 @@ def _compile(
         if rewritten is not module or device.lowers:
             doing = f"{parsed.base} compiled what it made of a graph"
             with net(report, module, example_inputs, doing), said.base_compiles():
+                say_what_dynamo_said(rewritten, module)
                 result = device.compile(rewritten, local.inputs, parsed, report, training)
                 compiled = local.wrap(result)
             if parsed.strict:

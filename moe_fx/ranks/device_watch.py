@@ -33,7 +33,7 @@ from moe_fx.errors import MoeFxError, RanksDiffer
 from moe_fx.ranks import presence
 from moe_fx.ranks.presence import Stand, patience
 
-__all__ = ["launch_unless_ended", "watch"]
+__all__ = ["launch_unless_ended", "raise_in", "take_back", "watch"]
 
 log = logging.getLogger("moe_fx")
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def launch_unless_ended(group: dist.ProcessGroup, launch: Callable[[], T]) -> T:
         cause: RuntimeError | None = refusal
     else:
         cause = None
-    _take_back(_model_thread)
+    take_back(_model_thread)
     raise _ended[group.group_name] from cause
 
 
@@ -190,7 +190,7 @@ def raise_in(thread: int | None, error: MoeFxError) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Raised))
 
 
-def _take_back(thread: int | None) -> None:
+def take_back(thread: int | None) -> None:
     """An error that `raise_in` left and that the thread has not got yet: it gets another."""
     if thread is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)

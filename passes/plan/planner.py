@@ -7,7 +7,8 @@ Pseudo-code::
 
     group = the gather's group if the weights are gathered, else the option's
     no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
-        of the strategies asked for, those that fit the region
+        of the strategies asked for, those that fit the region;  "auto", on GPUs that write to each
+        other's memory -> "direct" if it does
         overlap is a number -> the first of them in about so many chunks;  "off" -> in one
         "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx/cost`), by the link and the
                   speeds measured here; decided by the group's first rank, once per kind of layer
@@ -36,7 +37,13 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.strategies.cost_layer import buffer_bytes, device_of, layer_of
-from moe_fx.passes.strategies.fitting import WHOLE, Misfit, fitting_strategies, most_chunks
+from moe_fx.passes.strategies.fitting import (
+    WHOLE,
+    Misfit,
+    fits,
+    fitting_strategies,
+    most_chunks,
+)
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
 from moe_fx.region import Declined, Region
 
@@ -85,12 +92,7 @@ def plan_exchange(
             f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
-    strategies = fitting_strategies(region, context, world)
-    if strategies == ["direct"] and context.measures:
-        device, timeout = device_of(region), context.options.agree_timeout
-        reason = context.device.unreachable(group, device, timeout)
-        if reason:
-            raise Misfit(f"strategy='direct' is for ranks that share a host: {reason}")
+    strategies = _for_peers(region, group, context, fitting_strategies(region, context, world))
     predicted = None
     if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
         choice, predicted = _cheapest(region, group, context, strategies)
@@ -99,6 +101,31 @@ def plan_exchange(
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
+
+
+def _for_peers(
+    region: Region, group: dist.ProcessGroup, context: Context, strategies: list[str]
+) -> list[str]:
+    """Of ``strategies`` what these ranks can run. Where any may be taken, "direct" alone if GPUs
+    write to each other's memory: it sends the fewest bytes and waits for nothing, and was the
+    fastest at every point that was measured (docs/performance.md). A number of chunks is asked of
+    the others, as it has none."""
+    device, options = device_of(region), context.options
+    if not context.measures or not context.device.writes_to_peers(device):
+        return strategies
+    asked = strategies == ["direct"]
+    chunked = isinstance(options.overlap, int) and options.overlap > 1
+    if not asked and (options.strategy != "auto" or chunked):
+        return strategies
+    if not fits(region, "direct", context, group.size()):
+        return strategies
+    reason = context.device.unreachable(group, device, options.agree_timeout)
+    if not reason:
+        return ["direct"]
+    if asked:
+        raise Misfit(f"strategy='direct' is for ranks that share a host: {reason}")
+    log.info("no direct for the layer at %s: %s", region.source, reason)
+    return strategies
 
 
 def planned(

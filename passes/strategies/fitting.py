@@ -46,6 +46,10 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
     return [each for each in wanted if not _misfit(region, each, context, world_size)]
 
 
+def fits(region: Region, strategy: str, context: Context, world_size: int) -> bool:
+    return not _misfit(region, strategy, context, world_size)
+
+
 def most_chunks(strategy: str, options: Options) -> int:
     """GE graphs have no rows whose number only the host knows, as those of a chunk would be."""
     if strategy in WHOLE:

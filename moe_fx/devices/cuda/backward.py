@@ -16,8 +16,8 @@ from torch import Tensor
 from moe_fx.compat import autocast_off
 from moe_fx.devices.cuda.choice import BACK, GRAD, Way, backward_ways, choose
 from moe_fx.devices.cuda.kernels import gemm, rows, sort
-from moe_fx.devices.cuda.kernels.gemm import Tiles
 from moe_fx.devices.cuda.kernels.grad import grad_table
+from moe_fx.devices.cuda.kernels.tiles import Tiles
 from moe_fx.devices.cuda.launch import call, cast, key_of, known, on, recorded
 from moe_fx.devices.cuda.layer import TENSORS, Layer, can_describe, can_group
 

@@ -28,7 +28,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from moe_fx.devices.cuda.kernels.gemm import Tiles
+from moe_fx.devices.cuda.kernels.tiles import Tiles
 from moe_fx.devices.cuda.launch import not_recorded, paused
 from moe_fx.devices.cuda.layer import Shape
 from moe_fx.sources import SOURCES
@@ -194,12 +194,14 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
         [
             Tiles(128, 128, 64, 1, 8, 4, described=True),
             Tiles(64, 128, 64, 8, 4, 4, described=True, joined=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True, joined=True, rest=64),
             Tiles(128, 128, 64, 8, 8, 4),
             Tiles(64, 128, 64, 8, 4, 4, described=True),
             Tiles(64, 64, 64, 1, 4, 4),
         ],
         [
             Tiles(128, 128, 64, 8, 4, 3, described=True),
+            Tiles(128, 128, 64, 8, 4, 3, described=True, rest=64),
             Tiles(128, 256, 64, 8, 8, 4, described=True),
             Tiles(64, 128, 64, 8, 4, 4, described=True),
             Tiles(64, 128, 64, 1, 4, 4),
@@ -211,13 +213,17 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
             Tiles(128, 128, 64, 8, 8, 4, described=True, gathered=True, joined=True),
             Tiles(128, 128, 64, 16, 8, 3, described=True, gathered=True, joined=True),
             Tiles(128, 128, 64, 8, 8, 3, described=True, joined=True),
+            Tiles(128, 128, 64, 8, 8, 3, described=True, joined=True, rest=64),
+            Tiles(128, 128, 64, 8, 8, 3, described=True, gathered=True, joined=True, rest=64),
             Tiles(128, 128, 64, 1, 8, 4, described=True),
             Tiles(128, 128, 64, 8, 8, 3, described=True, gathered=True),
             Tiles(128, 128, 64, 8, 8, 3),
         ],
         [
             Tiles(128, 256, 64, 8, 8, 4, described=True),
+            Tiles(128, 256, 64, 8, 8, 4, described=True, rest=64),
             Tiles(128, 128, 64, 8, 4, 3, described=True),
+            Tiles(128, 128, 64, 8, 4, 3, described=True, rest=64),
             Tiles(128, 128, 64, 8, 8, 3, described=True),
             Tiles(256, 128, 64, 8, 8, 3, described=True),
             Tiles(128, 128, 64, 8, 8, 3),
@@ -231,7 +237,9 @@ _BACK_SMALL = Tiles(64, 64, 32, 4, 4, 3)
 """Takes any operands, in backward."""
 BACK = [
     Tiles(128, 256, 64, 8, 8, 4, described=True),
+    Tiles(128, 256, 64, 8, 8, 4, described=True, rest=64),
     Tiles(128, 128, 64, 8, 4, 3, described=True),
+    Tiles(128, 128, 64, 8, 4, 3, described=True, rest=64),
     Tiles(64, 128, 64, 8, 4, 4, described=True),
 ]
 """For the gradients of rows."""

@@ -26,11 +26,14 @@ class Cuda(Plain):
         return cls(fuses_experts=True, fuses_routers=True, trains_routers=True)
 
     def unreachable(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
-        if device.type != "cuda":
+        if not self.writes_to_peers(device):
             return ""
         from moe_fx.devices.cuda.peers.reach import unreachable
 
         return unreachable(group, device, timeout)
+
+    def writes_to_peers(self, device: torch.device) -> bool:
+        return device.type == "cuda"
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_fx.compat import autocast_off
 from moe_fx.devices.cuda.choice import Way, choose, forward_ways
 from moe_fx.devices.cuda.kernels import gemm, rows, sort
+from moe_fx.devices.cuda.kernels.tiles import Tiles
 from moe_fx.devices.cuda.launch import call, empty, key_of, known, on, recorded
 from moe_fx.devices.cuda.layer import TENSORS, Layer
 
@@ -54,7 +55,7 @@ class Run:
     def activations(self, way: Way) -> tuple[Tensor, Tensor | None]:
         """``h [S, I]`` and, where it ``keeps`` them, the columns ``[S, N]``."""
         layer = self.layer
-        if isinstance(way, gemm.Tiles):
+        if isinstance(way, Tiles):
             columns = None
             if self.keeps:
                 columns = empty(layer.sizes, layer.tokens.dtype, layer.tokens.device)
@@ -77,7 +78,7 @@ class Run:
         """The experts' results: by pair, with biases and times the weights; or, True, sorted by
         expert, without."""
         layer = self.layer
-        if not isinstance(way, gemm.Tiles):
+        if not isinstance(way, Tiles):
             return call(torch._grouped_mm, h, layer.down, self.ends), True
         weights, bias = layer.weights, layer.down_bias
         return gemm.down(h, self.order, self.ends, weights, layer.down, bias, way), False

@@ -104,7 +104,7 @@ def ways(
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Every kernel that takes the layer: what stands in for `choice.choose`."""
     from moe_fx.devices.cuda.choice import GROUPED
-    from moe_fx.devices.cuda.kernels.gemm import Tiles
+    from moe_fx.devices.cuda.kernels.tiles import Tiles
     from moe_fx.devices.cuda.layer import Layer
 
     shape = Layer(*to(device, inputs(device, given, dtype, 0))).shape
@@ -113,17 +113,18 @@ def ways(
         ups += [Tiles(16, 16, 16, 1, 4, 2), Tiles(128, 64, 64, 8, 4, 3)]
     downs: list[Any] = list(ups)
     if shape.described:
-        described = Tiles(16, 32, 16, 8, 4, 2, described=True)
-        downs.append(described)
+        described = Tiles(32, 32, 16, 8, 4, 2, described=True)
+        downs += [described, Tiles(32, 32, 32, 8, 4, 2, described=True, rest=16)]
         if not shape.alternates:
             ups.append(described)
-            ups.append(Tiles(32, 32, 32, 2, 4, 2, described=True, gathered=True))
+            ups.append(Tiles(64, 32, 32, 2, 4, 2, described=True, gathered=True, rest=16))
     if shape.joinable:
         joined = {"described": True, "joined": True}
-        ups.append(Tiles(32, 16, 32, 4, 4, 2, **joined))
+        ups.append(Tiles(32, 16, 32, 4, 4, 2, **joined, rest=16))
         ups.append(Tiles(64, 32, 16, 4, 4, 2, **joined, gathered=True))
         if device == "cuda":
-            ups += [Tiles(16, 64, 64, 1, 4, 4, **joined), Tiles(128, 128, 64, 8, 8, 3, **joined)]
+            large = [Tiles(16, 64, 64, 1, 4, 4, **joined), Tiles(128, 128, 64, 8, 8, 3, **joined)]
+            ups += large if dtype.itemsize == 2 else large[:1]  # as much memory as there is
     grouped = [GROUPED] if (shape.grouped if device == "cuda" else shape.described) else []
     ups, downs = [*ups, *grouped], [*downs, *grouped]
     for at, up in enumerate(ups):

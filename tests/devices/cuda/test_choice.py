@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from moe_fx.devices.cuda import choice, launch
 from moe_fx.devices.cuda.choice import BACK, GRAD, GROUPED, Way, backward_ways, choose, forward_ways
-from moe_fx.devices.cuda.kernels.gemm import Tiles
+from moe_fx.devices.cuda.kernels.tiles import Tiles
 from moe_fx.devices.cuda.layer import Shape
 
 HOPPER = Shape(128, 8, 2048, 768, "halves", "bfloat16", (True, True), True, True, 232448)

@@ -206,6 +206,8 @@ def test_a_rank_that_does_not_come_is_named(interpreting: RankPool, where: str) 
 
 def other_step(rank: int) -> str:
     """Ranks that meet in steps made for other numbers of tokens, as replays of CUDA graphs may."""
+    from triton.runtime.errors import InterpreterError
+
     name = dist.new_group().group_name
     given = arguments(rank, [[[0, 1, 2]], [[3, 4, 5]]], torch.float32, True)
     with peers_here() as own:
@@ -215,7 +217,7 @@ def other_step(rank: int) -> str:
             with mock.patch.object(pool, "tell", lambda *_: 1 + rank):
                 own.dispatch(*given, EXPERTS, name, layer="mlp.3")
             pool.check()
-        except MoeFxError as error:
+        except (MoeFxError, InterpreterError) as error:
             return str(error)
     return ""
 

@@ -11,10 +11,8 @@ Learned from: Liger-Kernel `ops/fused_moe.py`, vLLM `fused_moe` (one tile map fo
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,130 +20,76 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_fx.devices.cuda.kernels.activation import activated
 from moe_fx.devices.cuda.kernels.rows import Places, gather
+from moe_fx.devices.cuda.kernels.tiles import (
+    Tiles,
+    both,
+    matrix,
+    precision,
+    program_of,
+    tile_of,
+)
 from moe_fx.devices.cuda.launch import empty, launch
 
-__all__ = ["Tiles", "down", "gate_up", "plain", "precision"]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a matmul is cut: rows, columns and depth of a tile, row tiles that share columns, warps,
-    stages in flight. described: matrices are fetched by descriptors (TMA, from Hopper on), of
-    `gate_up` those of experts only. gathered: the tokens are gathered beforehand, and fetched by
-    descriptors too. joined: gate and up, of one table, are one product of twice the columns
-    (Hopper's widest, which reads rows once for both)."""
-
-    rows: int
-    columns: int
-    depth: int
-    group: int
-    warps: int
-    stages: int
-    described: bool = False
-    gathered: bool = False
-    joined: bool = False
-
-
-@triton.jit
-def _tile(ends, at, E, BE: tl.constexpr, BM: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of row tile ``at``; expert >= E: there is
-    none."""
-    experts = tl.arange(0, BE)
-    real = experts < E
-    end = tl.load(ends + experts, mask=real, other=0)
-    begin = tl.load(ends + experts - 1, mask=real & (experts > 0), other=0)
-    tiles = tl.where(real, (end - begin + BM - 1) // BM, 0)
-    upto = tl.cumsum(tiles, 0)
-    expert = tl.sum((upto <= at).to(tl.int32), 0)
-    its = experts == expert
-    first = tl.sum(tl.where(its, upto - tiles, 0), 0)
-    row = tl.sum(tl.where(its, begin, 0), 0) + (at - first) * BM
-    return expert, row, tl.sum(tl.where(its, end, 0), 0)
-
-
-@triton.jit
-def _program(N, BN: tl.constexpr, G: tl.constexpr):
-    """(row tile, column tile): G row tiles go through all columns together."""
-    at = tl.program_id(0)
-    columns = tl.cdiv(N, BN)
-    rows = tl.num_programs(0) // columns
-    group = at // (G * columns)
-    size = tl.minimum(rows - group * G, G)
-    within = at % (G * columns)
-    return group * G + within % size, within // size
-
-
-@triton.jit
-def _matrix(
-    w,
-    expert,
-    n,
-    k,
-    N,
-    K,
-    se,
-    sn,
-    sk,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    K_LAST: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """``[BK, BN]`` of the expert's matrix."""
-    if DESCRIBED:
-        if K_LAST:
-            matrix = tl.trans(tl.reshape(w.load([expert, n, k]), (BN, BK)))
-        else:
-            matrix = tl.reshape(w.load([expert, k, n]), (BK, BN))
-    else:
-        columns = n + tl.arange(0, BN)
-        depth = k + tl.arange(0, BK)
-        at = w + expert.to(tl.int64) * se + depth[:, None] * sk + columns[None, :].to(tl.int64) * sn
-        if EVEN:
-            matrix = tl.load(at)
-        else:
-            matrix = tl.load(at, mask=(depth < K)[:, None] & (columns < N)[None, :], other=0.0)
-    return matrix
-
-
-@triton.jit
-def _both(
-    w, expert, n, k, BN: tl.constexpr, BK: tl.constexpr, JOINED: tl.constexpr, K_LAST: tl.constexpr
-):
-    """``[BK, 2 * BN]`` of the expert's matrix, gate and up as they stand in the table."""
-    if JOINED != "interleaved":
-        both = tl.trans(tl.reshape(w.load([expert, 0, n, k]), (2 * BN, BK)))
-    elif K_LAST:
-        both = tl.trans(tl.reshape(w.load([expert, 2 * n, k]), (2 * BN, BK)))
-    else:
-        both = tl.reshape(w.load([expert, k, 2 * n]), (BK, 2 * BN))
-    return both
+__all__ = ["down", "gate_up", "plain"]
 
 
 @triton.jit
 def _gate_up(
-    x, order, ends, gate, up, gate_bias, up_bias, out, columns_out,
+    x, x_rest, order, ends, gate, up, gate_bias, up_bias, out, columns_out,
     E, N, K, sx, se, sn, sk, sbe, sbn,
     GATHERS: tl.constexpr, FETCHES: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr,
     GATED: tl.constexpr, JOINED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr,
     STEP: tl.constexpr, OG: tl.constexpr, OU: tl.constexpr, SC: tl.constexpr,
     ACT: tl.constexpr, alpha: tl.constexpr, LIMITED: tl.constexpr, limit: tl.constexpr,
     shift: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, REST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    row_tile, column_tile = _program(N, BN, G)
-    expert, first, end = _tile(ends, row_tile, E, BE, BM)
+    row_tile, column_tile = program_of(N, BN, G)
+    expert, first, end = tile_of(ends, row_tile, E, BE, BM)
     if expert >= E:
         return
+    if REST == 0:
+        _gate_up_tile(
+            x, order, gate, up, gate_bias, up_bias, out, columns_out,
+            expert, first, end, column_tile * BN, N, K, sx, se, sn, sk, sbe, sbn,
+            GATHERS, FETCHES, TOP_K, GATED, JOINED, BIASED, KEPT, STEP, OG, OU, SC,
+            ACT, alpha, LIMITED, limit, shift, DESCRIBED, K_LAST, EVEN, PRECISION, BM, BN, BK,
+        )  # fmt: skip
+    else:  # apart: a condition that is known when it compiles leaves no branch
+        if end - first <= REST:
+            _gate_up_tile(
+                x_rest, order, gate, up, gate_bias, up_bias, out, columns_out,
+                expert, first, end, column_tile * BN, N, K, sx, se, sn, sk, sbe, sbn,
+                GATHERS, FETCHES, TOP_K, GATED, JOINED, BIASED, KEPT, STEP, OG, OU, SC,
+                ACT, alpha, LIMITED, limit, shift, DESCRIBED, K_LAST, EVEN, PRECISION, REST, BN, BK,
+            )  # fmt: skip
+        else:
+            _gate_up_tile(
+                x, order, gate, up, gate_bias, up_bias, out, columns_out,
+                expert, first, end, column_tile * BN, N, K, sx, se, sn, sk, sbe, sbn,
+                GATHERS, FETCHES, TOP_K, GATED, JOINED, BIASED, KEPT, STEP, OG, OU, SC,
+                ACT, alpha, LIMITED, limit, shift, DESCRIBED, K_LAST, EVEN, PRECISION, BM, BN, BK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gate_up_tile(
+    x, order, gate, up, gate_bias, up_bias, out, columns_out,
+    expert, first, end, n, N, K, sx, se, sn, sk, sbe, sbn,
+    GATHERS: tl.constexpr, FETCHES: tl.constexpr, TOP_K: tl.constexpr,
+    GATED: tl.constexpr, JOINED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr,
+    STEP: tl.constexpr, OG: tl.constexpr, OU: tl.constexpr, SC: tl.constexpr,
+    ACT: tl.constexpr, alpha: tl.constexpr, LIMITED: tl.constexpr, limit: tl.constexpr,
+    shift: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     rows = first + tl.arange(0, BM)
     real = rows < end
     if GATHERS:
         token = (tl.load(order + rows, mask=real, other=0) // TOP_K).to(tl.int64)
     else:
         token = rows.to(tl.int64)
-    n = column_tile * BN
     columns = n + tl.arange(0, BN)
     depth = tl.arange(0, BK)
     g = tl.zeros((BM, BN if JOINED == "" else 2 * BN), tl.float32)
@@ -160,12 +104,12 @@ def _gate_up(
             else:
                 a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
         if JOINED == "":
-            b = _matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+            b = matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
         else:
-            b = _both(gate, expert, n, k, BN, BK, JOINED, K_LAST)
+            b = both(gate, expert, n, k, BN, BK, JOINED, K_LAST)
         g = tl.dot(a, b, g, input_precision=PRECISION)
         if GATED and JOINED == "":
-            b = _matrix(up, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+            b = matrix(up, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
             u = tl.dot(a, b, u, input_precision=PRECISION)
     if JOINED == "interleaved":
         g, u = tl.split(tl.reshape(g, (BM, BN, 2)))
@@ -196,20 +140,47 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    h, order, ends, weights, table, bias, out,
+    h, h_rest, order, ends, weights, table, bias, out,
     E, N, K, se, sn, sk, sbe,
     BE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, DESCRIBED: tl.constexpr,
-    K_LAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    K_LAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, REST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    row_tile, column_tile = _program(N, BN, G)
-    expert, first, end = _tile(ends, row_tile, E, BE, BM)
+    row_tile, column_tile = program_of(N, BN, G)
+    expert, first, end = tile_of(ends, row_tile, E, BE, BM)
     if expert >= E:
         return
+    if REST == 0:
+        _down_tile(
+            h, order, weights, table, bias, out,
+            expert, first, end, column_tile * BN, N, K, se, sn, sk, sbe,
+            WEIGHTED, BIASED, DESCRIBED, K_LAST, EVEN, PRECISION, BM, BN, BK,
+        )  # fmt: skip
+    else:
+        if end - first <= REST:
+            _down_tile(
+                h_rest, order, weights, table, bias, out,
+                expert, first, end, column_tile * BN, N, K, se, sn, sk, sbe,
+                WEIGHTED, BIASED, DESCRIBED, K_LAST, EVEN, PRECISION, REST, BN, BK,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                h, order, weights, table, bias, out,
+                expert, first, end, column_tile * BN, N, K, se, sn, sk, sbe,
+                WEIGHTED, BIASED, DESCRIBED, K_LAST, EVEN, PRECISION, BM, BN, BK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    h, order, weights, table, bias, out, expert, first, end, n, N, K, se, sn, sk, sbe,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, DESCRIBED: tl.constexpr, K_LAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     rows = first + tl.arange(0, BM)
     real = rows < end
     pair = tl.load(order + rows, mask=real, other=0)
-    n = column_tile * BN
     columns = n + tl.arange(0, BN)
     depth = tl.arange(0, BK)
     total = tl.zeros((BM, BN), tl.float32)
@@ -222,7 +193,7 @@ def _down(
                 a = tl.load(at, mask=real[:, None], other=0.0)
             else:
                 a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
-        b = _matrix(table, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
+        b = matrix(table, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     if BIASED:
         added = tl.load(bias + expert * sbe + columns, mask=columns < N, other=0.0)
@@ -257,19 +228,18 @@ def _described_whole(table: Tensor, tiles: Tiles, layout: str) -> TensorDescript
     )
 
 
-def _fetched(rows: Tensor, tiles: Tiles) -> TensorDescriptor:
-    """Of ``[S, K]``. A tile may reach into the next expert's rows: what comes of those is not
-    stored."""
-    return TensorDescriptor.from_tensor(rows, [tiles.rows, tiles.depth])
+def _fetched(rows: Tensor, tiles: Tiles) -> list[Any]:
+    """Of ``[S, K]``, in tiles of either size. A tile may reach into the next expert's rows: what
+    comes of those is not stored."""
+    return [
+        TensorDescriptor.from_tensor(rows, [size, tiles.depth]) if size else None
+        for size in (tiles.rows, tiles.rest)
+    ]
 
 
 def _grid(pairs: int, experts: int, columns: int, tiles: Tiles) -> tuple[int]:
     row_tiles = triton.cdiv(pairs, tiles.rows) + min(experts, pairs)
     return (row_tiles * triton.cdiv(columns, tiles.columns),)
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def _shared(tiles: Tiles, inner: int, outer: int, table: Tensor) -> dict[str, Any]:
@@ -278,6 +248,7 @@ def _shared(tiles: Tiles, inner: int, outer: int, table: Tensor) -> dict[str, An
         "K_LAST": table.stride(1) == 1,
         "EVEN": inner % tiles.depth == 0 and outer % tiles.columns == 0,
         "PRECISION": precision(table.dtype),
+        "REST": tiles.rest,
         "BM": tiles.rows,
         "BN": tiles.columns,
         "BK": tiles.depth,
@@ -319,7 +290,7 @@ def gate_up(
         tables = [_described_whole(whole, tiles, layout), None]
     elif tiles.described:
         tables = [_described(each, tiles, shared["K_LAST"]) for each in tables]
-    read: Any = tokens
+    read: list[Any] = [tokens, tokens]
     if tiles.gathered:
         rows = gather(tokens, order, ends, top_k)
         read = _fetched(rows, tiles)
@@ -327,7 +298,7 @@ def gate_up(
     bias_strides = gate_bias.stride() if gate_bias is not None else (0, 0)
     launch(
         _gate_up, _grid(pairs, experts, outer, tiles),
-        read, order, ends, *tables, gate_bias, up_bias, out, columns,
+        *read, order, ends, *tables, gate_bias, up_bias, out, columns,
         experts, outer, depth, tokens.stride(0), gate.stride(0), gate.stride(2), gate.stride(1),
         *bias_strides,
         GATHERS=not tiles.gathered, FETCHES=tiles.gathered,
@@ -355,14 +326,14 @@ def down(
     pairs = order.numel()
     out = empty((pairs, outer), h.dtype, h.device)
     shared = _shared(tiles, depth, outer, table)
-    rows: Any = h
+    rows: list[Any] = [h, h]
     matrices: Any = table
     if tiles.described:
         rows = _fetched(h, tiles)
         matrices = _described(table, tiles, shared["K_LAST"])
     launch(
         _down, _grid(pairs, experts, outer, tiles),
-        rows, order, ends, weights, matrices, bias, out,
+        *rows, order, ends, weights, matrices, bias, out,
         experts, outer, depth, table.stride(0), table.stride(2), table.stride(1),
         bias.stride(0) if bias is not None else 0,
         BE=triton.next_power_of_2(experts), WEIGHTED=weights is not None, BIASED=bias is not None,
@@ -376,12 +347,13 @@ def plain(rows: Tensor, table: Tensor, ends: Tensor, tiles: Tiles) -> Tensor:
     experts, depth, outer = table.shape
     out = empty((rows.shape[0], outer), rows.dtype, rows.device)
     shared = _shared(tiles, depth, outer, table)
-    read, matrix = rows, table
+    read: list[Any] = [rows, rows]
+    fetched: Any = table
     if tiles.described:
-        read, matrix = _fetched(rows, tiles), _described(table, tiles, shared["K_LAST"])
+        read, fetched = _fetched(rows, tiles), _described(table, tiles, shared["K_LAST"])
     launch(
         _gate_up, _grid(rows.shape[0], experts, outer, tiles),
-        read, ends, ends, matrix, None, None, None, out, None,
+        *read, ends, ends, fetched, None, None, None, out, None,
         experts, outer, depth, rows.stride(0), table.stride(0), table.stride(2), table.stride(1),
         0, 0, GATHERS=False, FETCHES=tiles.described, TOP_K=1, BE=triton.next_power_of_2(experts),
         GATED=False, JOINED="", BIASED=False, KEPT=False, STEP=1, OG=0, OU=0, SC=0,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_fx.devices.cuda.kernels.gemm import Tiles, precision
+from moe_fx.devices.cuda.kernels.tiles import Tiles, precision
 from moe_fx.devices.cuda.launch import empty, launch
 
 __all__ = ["grad_table"]

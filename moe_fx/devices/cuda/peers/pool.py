@@ -31,7 +31,7 @@ from moe_fx.compat import in_backward, resolve_group, symmetric_bytes
 from moe_fx.devices.cuda.kernels.peers import OTHER_STEP
 from moe_fx.devices.cuda.peers.board import Board, board_of
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
-from moe_fx.ranks.device_watch import raise_in
+from moe_fx.ranks.device_watch import raise_in, take_back
 from moe_fx.ranks.presence import named
 from moe_fx.ranks.waiting import of
 
@@ -117,6 +117,8 @@ class Pool:
         self._turn, self._captured, self._stream = 0, False, None
         self._layers: dict[str, int] = {}
         self._thread = threading.get_ident()
+        self._told: int | None = None  # the thread that is to get the error from beside
+        self._telling = threading.Lock()
         self.buffer: Tensor
         self.peers: Tensor
         words, addresses = memory(self.world * 8, device, group)
@@ -168,12 +170,17 @@ class Pool:
 
     def check(self) -> None:
         """Raises the error that broke the pool, if one did."""
-        if self.error is None:
-            self._look()
-        if self.error is not None:
-            raise self.error
+        thread = threading.get_ident()
+        with self._telling:
+            if self.error is None:
+                self._look()
+            if self.error is not None:
+                if self._told == thread:  # which has not got it from beside
+                    take_back(thread)
+                    self._told = None
+                raise self.error
         if not in_backward():
-            self._thread = threading.get_ident()
+            self._thread = thread
 
     def _grow(self, half: int) -> None:
         on_gpu = self.device.type == "cuda"
@@ -222,9 +229,11 @@ class Pool:
 
     def tell_of_failure(self) -> None:
         """Raises the error of the device, if there is news of one, in the model's thread."""
-        if self._look() and self.error is not None:
-            log.error("%s", self.error)
-            raise_in(self._thread, self.error)
+        with self._telling:
+            if self._look() and self.error is not None:
+                log.error("%s", self.error)
+                self._told = self._thread
+                raise_in(self._thread, self.error)
 
 
 _pools: dict[tuple[str, torch.device], Pool] = {}
