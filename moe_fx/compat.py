@@ -405,6 +405,24 @@ all_gather_single: Callable[..., Any] = getattr(
 """What `all_gather_into_tensor` is called from torch 2.13 on."""
 
 
+Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+
+
+def empty_on(device: torch.device) -> Empty:
+    """What makes a tensor of that shape and those strides on the current device, which is
+    ``device``; as the code that Inductor generates does, at a third of the time that
+    ``torch.empty`` takes the host."""
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return cast(Empty, torch._C._dynamo.guards._empty_strided_cuda)
+    return functools.partial(_empty, device)
+
+
+def _empty(
+    device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def symmetric_bytes(
     size: int, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[Tensor, list[int]]:
@@ -737,9 +755,9 @@ def untraced() -> Iterator[None]:
 
 
 def say_what_dynamo_said(module: GraphModule, captured: GraphModule) -> None:
-    """``module``, made of what Dynamo ``captured`` and with the same inputs, says of these what that
-    says: which are the model's own and stay where they are. The compiler that comes next need not
-    look at those in every call, nor copy them for a CUDA graph."""
+    """``module``, made of what Dynamo ``captured`` and with the same inputs, says of these what
+    that says: which are the model's own and stay where they are. The compiler that comes next need
+    not look at those in every call, nor copy them for a CUDA graph."""
     ours, theirs = (each.graph.find_nodes(op="placeholder") for each in (module, captured))
     metas = {name: captured.meta[name] for name in _OF_DYNAMO if name in captured.meta}
     if module is captured or not metas or len(ours) != len(theirs):

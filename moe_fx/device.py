@@ -39,6 +39,7 @@ class Device:
         kernels that do; "" if they can. All ranks ask."""
         return ""
 
-    def writes_to_peers(self, device: torch.device) -> bool:
-        """Whether strategy "direct" is such kernels, for tensors on ``device``."""
+    def is_gpu(self, device: torch.device) -> bool:
+        """Whether tensors on ``device`` are a GPU's: strategy "direct" is kernels that write to
+        peers, and what the host launches takes it longer than small pieces take the device."""
         return False

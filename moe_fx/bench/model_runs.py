@@ -19,11 +19,11 @@ from moe_fx.bench.programs import Programs, attempt, compiled, note_plan
 from moe_fx.bench.reference import relative_error
 from moe_fx.bench.selection import Selection
 
-__all__ = ["ModelRuns"]
+__all__ = ["MOST_APART", "ModelRuns", "decoding"]
 
 _Run = tuple[Callable[[Function], Tensor], Callable[[], None]]
 """What calls a function, and what puts back the state that this changes."""
-_MOST_APART = 0.5
+MOST_APART = 0.5
 """Logits further from HF's than this are not explained by tokens that select another expert where
 two are equal but for rounding."""
 
@@ -60,7 +60,7 @@ class ModelRuns:
                 else:
                     point.errors[name] = 0.0 if bool(result.isfinite().all()) else float("inf")
             for name in AGAINST:
-                if name in found and not point.errors[name] <= _MOST_APART:
+                if name in found and not point.errors[name] <= MOST_APART:
                     point.failed[name] = f"wrong: logits {point.errors[name]:.1e} from HF's"
             note_plan(point, reports)
             self.say(f"{point.title}: timing")
@@ -80,37 +80,49 @@ class ModelRuns:
         return run, lambda: None
 
     def _decode(self, batch: int) -> _Run:
-        """A full sliding window forgets its first token in every step, so what windows hold is put
-        back where results are compared."""
-        from transformers import StaticCache
-
-        cache: Any = StaticCache(config=self.model.config, max_cache_len=self.selection.cache)
-        named = inspect.signature(type(self.model).forward).parameters
-        given: dict[str, Any] = {
-            "cache" if "cache" in named else "past_key_values": cache,
-            "use_cache": True,
-        }
-        self.model(input_ids=self._ids(batch, self.selection.context), **given)
-        lengths = [_lengths(layer) for layer in cache.layers]
-        held = [(t, t.clone()) for layer in cache.layers for t in (layer.keys, layer.values)]
-        ids = self._ids(batch, 1)
-
-        def run(function: Function) -> Tensor:
-            for layer, (counted, known) in zip(cache.layers, lengths, strict=True):
-                layer.cumulative_length.fill_(counted)
-                if known is not None:
-                    layer.cumulative_length_int = known
-            logits: Tensor = function(input_ids=ids, **given).logits
-            return logits
-
-        def restore() -> None:
-            for tensor, before in held:
-                tensor.copy_(before)
-
+        selection = self.selection
+        _, run, restore = decoding(
+            self.model, batch, selection.context, selection.cache, self.machine.device
+        )
         return run, restore
 
     def _ids(self, batch: int, length: int) -> Tensor:
         return torch.randint(self.vocabulary, (batch, length), device=self.machine.device)
+
+
+def decoding(
+    model: Any, batch: int, context: int, cache_size: int, device: torch.device
+) -> tuple[Tensor, Callable[[Function], Tensor], Callable[[], None]]:
+    """The last tokens' ids, a step of decode behind ``context`` tokens, and what puts back the
+    cache. A full sliding window forgets its first token in every step, so what windows hold is put
+    back where results are compared."""
+    from transformers import StaticCache
+
+    vocabulary = model.config.get_text_config().vocab_size
+    cache: Any = StaticCache(config=model.config, max_cache_len=cache_size)
+    named = inspect.signature(type(model).forward).parameters
+    given: dict[str, Any] = {
+        "cache" if "cache" in named else "past_key_values": cache,
+        "use_cache": True,
+    }
+    model(input_ids=torch.randint(vocabulary, (batch, context), device=device), **given)
+    lengths = [_lengths(layer) for layer in cache.layers]
+    held = [(t, t.clone()) for layer in cache.layers for t in (layer.keys, layer.values)]
+    ids = torch.randint(vocabulary, (batch, 1), device=device)
+
+    def run(function: Function) -> Tensor:
+        for layer, (counted, known) in zip(cache.layers, lengths, strict=True):
+            layer.cumulative_length.fill_(counted)
+            if known is not None:
+                layer.cumulative_length_int = known
+        logits: Tensor = function(input_ids=ids, **given).logits
+        return logits
+
+    def restore() -> None:
+        for tensor, before in held:
+            tensor.copy_(before)
+
+    return ids, run, restore
 
 
 def _bound(run: Callable[[Function], Tensor], function: Function) -> Callable[[], Tensor]:

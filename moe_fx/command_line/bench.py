@@ -63,8 +63,9 @@ def bench_command(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Two-layer model of that name: prefill of 2048 tokens, decode of 1, 16 and 64; "
-            "may be repeated. Layers only if asked for too.",
+            help="Two-layer model of that name: prefill of 2048 tokens, decode of 1, 16 and 64 "
+            "(several GPUs: decode of --tokens, 1 and 16); may be repeated. Layers only if asked "
+            "for too.",
             rich_help_panel=_GPU,
         ),
     ] = None,
@@ -182,8 +183,9 @@ def bench_command(
     eager and compiled, and moe_fx: one all-to-all, in 2 and 4 chunks,
     "direct" (also as a CUDA graph) and as it chooses. Times are the slower
     rank's; each result is compared with one GPU's. --layer, --config,
-    --tokens (of each rank), --training, --routing, --program and --rounds
-    say what; default: qwen3 and mixtral, 64, 1024 and 8192 tokens, uniform.
+    --model, --tokens (of each rank), --training, --routing, --program and
+    --rounds say what; default: qwen3 and mixtral, 64, 1024 and 8192 tokens,
+    uniform.
 
     Examples:
       moe-fx bench --quick                        one point: minutes
@@ -262,7 +264,7 @@ def _on_gpus(
     taken = ("routing", "program", "rounds")
     others = {name: value for name, value in link.items() if name not in taken}
     _refuse(others, "is about the slow link; leave it out with --device")
-    for name in ("models", "dynamic", "parts", "seconds_per_point"):
+    for name in ("dynamic", "parts", "seconds_per_point"):
         _refuse({name: gpu[name]}, "is for one GPU; leave it out under torchrun")
     from moe_fx.bench.ranks import run
 
@@ -271,6 +273,7 @@ def _on_gpus(
         console,
         json,
         layers=layers,
+        models=gpu["models"],
         config=gpu["config"],
         tokens=gpu["tokens"],
         routing=link["routing"],

@@ -22,4 +22,4 @@ def device_for(options: Options, inputs: Sequence[Any]) -> Plain:
     """The device that graphs with these inputs are compiled for."""
     if is_for_ascend(options, inputs):
         return Ascend.of(options, inputs)
-    return Cuda.of() if is_for_cuda(options, inputs) else Plain()
+    return Cuda.of(options) if is_for_cuda(options, inputs) else Plain()

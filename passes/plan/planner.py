@@ -9,7 +9,8 @@ Pseudo-code::
     no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
         of the strategies asked for, those that fit the region;  "auto", on GPUs that write to each
         other's memory -> "direct" if it does
-        overlap is a number -> the first of them in about so many chunks;  "off" -> in one
+        overlap is a number -> the first of them in about so many chunks, on GPUs in so many at
+        most, as for "auto";  "off" -> in one
         "auto" -> what costs least of them in `CHUNKS` chunks (`moe_fx/cost`), by the link and the
                   speeds measured here; decided by the group's first rank, once per kind of layer
         chunks of an exact all-to-all are cut by rows; by expert on NPUs, and in training by a base
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.fx import GraphModule
 
@@ -93,9 +95,13 @@ def plan_exchange(
             f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
         )
     strategies = _for_peers(region, group, context, fitting_strategies(region, context, world))
-    predicted = None
-    if context.options.overlap == "auto" and context.measures and PRICED.issuperset(strategies):
+    predicted, chunks = None, _asked_chunks(context.options)
+    priced = context.measures and PRICED.issuperset(strategies)
+    if priced and context.options.overlap == "auto":
         choice, predicted = _cheapest(region, group, context, strategies)
+    elif _may_be_fewer(strategies[0], chunks, context, device_of(region)) and priced:
+        choice, predicted = _cheapest(region, group, context, strategies[:1], chunks)
+        _say_fewer(region, context, chunks, choice, predicted)
     else:
         choice = asked(strategies[0], experts // world, context)
     return planned(
@@ -111,11 +117,10 @@ def _for_peers(
     fastest at every point that was measured (docs/performance.md). A number of chunks is asked of
     the others, as it has none."""
     device, options = device_of(region), context.options
-    if not context.measures or not context.device.writes_to_peers(device):
+    if not context.measures or not context.device.is_gpu(device):
         return strategies
     asked = strategies == ["direct"]
-    chunked = isinstance(options.overlap, int) and options.overlap > 1
-    if not asked and (options.strategy != "auto" or chunked):
+    if not asked and (options.strategy != "auto" or _asked_chunks(options) > 1):
         return strategies
     if not fits(region, "direct", context, group.size()):
         return strategies
@@ -126,6 +131,29 @@ def _for_peers(
         raise Misfit(f"strategy='direct' is for ranks that share a host: {reason}")
     log.info("no direct for the layer at %s: %s", region.source, reason)
     return strategies
+
+
+def _asked_chunks(options: Options) -> int:
+    return options.overlap if isinstance(options.overlap, int) else 1
+
+
+def _may_be_fewer(strategy: str, chunks: int, context: Context, device: torch.device) -> bool:
+    return chunks > 1 and strategy not in WHOLE and context.device.is_gpu(device)
+
+
+def _say_fewer(
+    region: Region, context: Context, chunks: int, choice: Choice, predicted: Predicted
+) -> None:
+    if choice.chunks == chunks:
+        return
+    many = next(each.seconds for each in predicted.weighed if each.chunks == chunks)
+    note = (
+        f"overlap={chunks}: the layer at {region.source} is planned in {choice.chunks} chunk(s), "
+        f"expected to take {1e3 * predicted.seconds:.3g} ms; in {chunks} it would take "
+        f"{1e3 * many:.3g} ms, as the host launches chunks one after the other"
+    )
+    log.info("%s", note)
+    context.report.notes.append(note)
 
 
 def planned(
@@ -155,7 +183,7 @@ def planned(
 def asked(strategy: str, local_experts: int, context: Context) -> Choice:
     """Where nothing is measured."""
     options = context.options
-    chunks = options.overlap if isinstance(options.overlap, int) else 1
+    chunks = _asked_chunks(options)
     most = most_chunks(strategy, options)
     if chunks > most:
         log.warning(
@@ -168,13 +196,16 @@ def asked(strategy: str, local_experts: int, context: Context) -> Choice:
     return _cut(strategy, local_experts, min(chunks, most), context)
 
 
-def candidates(strategies: Sequence[str], local_experts: int, context: Context) -> list[Choice]:
-    """The first is what does nothing."""
+def candidates(
+    strategies: Sequence[str], local_experts: int, context: Context, most: int = 0
+) -> list[Choice]:
+    """The first is what does nothing. most: chunks; 0: as many as are worth a try."""
+    weighed = [*[n for n in CHUNKS if n < most], most] if most else CHUNKS
     return list(
         dict.fromkeys(
             _cut(strategy, local_experts, chunks, context)
             for strategy in strategies
-            for chunks in CHUNKS
+            for chunks in weighed
             if chunks <= most_chunks(strategy, context.options)
         )
     )
@@ -203,7 +234,11 @@ def _sums_gradients(context: Context) -> bool:
 
 
 def _cheapest(
-    region: Region, group: dist.ProcessGroup, context: Context, strategies: Sequence[str]
+    region: Region,
+    group: dist.ProcessGroup,
+    context: Context,
+    strategies: Sequence[str],
+    most: int = 0,
 ) -> tuple[Choice, Predicted]:
     sums_gradients = _sums_gradients(context)
     layer = layer_of(region, group.size(), context.training, sums_gradients)
@@ -214,7 +249,7 @@ def _cheapest(
     def chosen() -> dict[str, Any]:
         options = [
             choice
-            for choice in candidates(strategies, layer.local_experts, context)
+            for choice in candidates(strategies, layer.local_experts, context, most)
             if choice.legal(layer)
         ]
         compute = measured(device, layer.dtype)
@@ -234,7 +269,7 @@ def _cheapest(
         )
         return {"choice": asdict(best), "predicted": asdict(predicted)}
 
-    found = decide(group, f"{list(strategies)} {_kind(layer)}", chosen, timeout)
+    found = decide(group, f"{list(strategies)} {most} {_kind(layer)}", chosen, timeout)
     return Choice(**found["choice"]), _predicted(**found["predicted"])
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moe_fx
+from moe_fx.bench.layers import MODELS, build_model
 from moe_fx.errors import MoeFxError
 from moe_fx.testing import RankPool
 from tests.e2e.test_cuda import CLOSE, compiled, errors, first, layer
@@ -164,3 +165,32 @@ def test_a_rank_that_does_not_come_is_named(replays: bool) -> None:
         said, seconds = pool.run(missing, replays, timeout=400)[0]
     assert "rank(s) [1]" in said
     assert seconds < 13
+
+
+def generated(rank: int, new: int) -> tuple[list[int], list[int], set[str]]:
+    """By one GPU, and by both; and the strategies."""
+    torch.cuda.set_device(rank)
+    torch.manual_seed(0)
+    model = build_model(MODELS["qwen3"], torch.device("cuda", rank), torch.float32)
+    ids = torch.arange(7 + 9 * rank, device="cuda").unsqueeze(0)
+    length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    alone = model.generate(ids, **length)
+    reports: list[moe_fx.Report] = []
+    options = {
+        "ep_group": dist.group.WORLD,
+        "progress": False,
+        "on_report": reports.append,
+        "strict": True,
+    }
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="moe_fx", dynamic=True, options=options)
+    together = model.generate(ids, **length)
+    taken = {plan.strategy for report in reports for plan in report.plans}
+    return alone[0].tolist(), together[0].tolist(), taken
+
+
+def test_a_model_of_real_widths_generates_what_one_gpu_does(gpus: RankPool) -> None:
+    """Two layers of Qwen3-30B-A3B in float32; prompts of other lengths."""
+    for alone, together, taken in gpus.run(generated, 32, timeout=400):
+        assert together == alone
+        assert taken == {"direct"}

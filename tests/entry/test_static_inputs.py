@@ -1,5 +1,5 @@
-"""Inputs that are the model's own reach the base compiler as such: it need not look at them in every
-call, nor copy them for each replay of a CUDA graph."""
+"""Inputs that are the model's own reach the base compiler as such: it need not look at them in
+every call, nor copy them for each replay of a CUDA graph."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moe_fx.bench.layers import LAYERS
+from moe_fx.bench.layers import LAYERS, MODELS
 from moe_fx.bench.machine import Host
 from moe_fx.bench.ranks import measure, programs
 from moe_fx.bench.ranks.points import RankPoint, show
@@ -74,6 +74,29 @@ def test_programs_are_right_and_timed(
     written = json.loads(path.read_text())
     assert [each["routing"] for each in written["points"]] == routing
     assert written["points"][0]["medians"].keys() == points[0].samples.keys()
+
+
+def decoded(rank: int, names: list[str]) -> list[RankPoint]:
+    with mock.patch.dict(MODELS, {"tiny": QWEN3}):
+        return run(
+            Host(),
+            Console(file=io.StringIO()),
+            models=["tiny"],
+            tokens=[2],
+            programs=names,
+            rounds=2,
+            base="aot_eager",
+        )
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_steps_of_decode_are_right_and_timed(ranks2: RankPool, names: list[str]) -> None:
+    for (point,) in ranks2.run(decoded, names):
+        assert point.failed == {}
+        assert set(point.samples) == {*names, "direct_graph"} - {"exchange"}
+        assert max(point.errors.values()) < 2e-2
+        assert point.plans["direct"].startswith("direct, 2 ranks of 4 experts")
+        assert "decode, batch 2 a rank" in point.title
 
 
 def test_gradients_of_tokens_are_compared(ranks2: RankPool, tmp_path: Path) -> None:
@@ -161,7 +184,7 @@ def test_figures_of_a_point() -> None:
     [
         (["--device", "cuda:1"], "each rank takes a GPU of its own"),
         (["--device", "cuda", "--quick"], "is about the slow link"),
-        (["--device", "cuda", "--model", "qwen3"], "is for one GPU"),
+        (["--device", "cuda", "--parts"], "is for one GPU"),
     ],
 )
 def test_options_that_are_not_for_several_gpus(options: list[str], said: str) -> None:

@@ -1,4 +1,5 @@
-"""A layer at numbers of tokens, on all ranks: checked against the block on one GPU, then timed.
+"""A layer at numbers of tokens, or a step of a model, on all ranks: checked against one GPU, then
+timed.
 
 Every rank has the same weights and other tokens. Programs run in turn, forwards and backwards; all
 ranks begin each call together, and a call has taken what the slower rank took.
@@ -7,7 +8,8 @@ ranks begin each call together, and a call has taken what the slower rank took.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from moe_fx.bench.layers import Block, Layer, build_block
 from moe_fx.bench.machine import Machine
+from moe_fx.bench.ranks.decoding import Decoding
 from moe_fx.bench.ranks.points import RankPoint
-from moe_fx.bench.ranks.programs import CAPTURED, EXCHANGE, CannotRun, make
+from moe_fx.bench.ranks.programs import CAPTURED, EXCHANGE, CannotRun, Function, make
 from moe_fx.bench.reference import first, relative_error, steady
 from moe_fx.errors import ConfigurationError
 
@@ -40,7 +43,8 @@ def measure(
 ) -> None:
     """Fills ``point``. Every rank calls it alike."""
     torch._dynamo.reset()
-    inputs = _Inputs.of(layer, point, machine)
+    kind = Decoding if point.decodes else _Inputs
+    inputs = kind.of(layer, point, machine)
     calls: dict[str, Call] = {}
     for name in programs:
         say(f"{point.title}: {name}")
@@ -72,14 +76,25 @@ class _Inputs:
         same, top_k = steady(whole, tokens), whole.selected(tokens).shape[1]
         inputs = cls(tokens, top_k, same, torch.randn_like(tokens), [])
         tokens.requires_grad_(point.training)
-        inputs.expected = inputs.results(lambda: first(whole.module(tokens)), whole.module)
+        inputs.expected = inputs.results(whole.module, whole.module)
         return inputs
 
-    def results(self, run: Callable[[], Tensor], trained: nn.Module | None) -> list[Tensor]:
+    def module(self, layer: Layer, machine: Machine) -> nn.Module:
+        return _block(layer, machine, self.tokens.requires_grad).module
+
+    @contextmanager
+    def others(self) -> Iterator[None]:
+        """Within, the tokens are others."""
+        kept = self.tokens.clone()
+        self.tokens.normal_()
+        yield
+        self.tokens.copy_(kept)
+
+    def results(self, run: Function, trained: nn.Module | None) -> list[Tensor]:
         """The result and, where ``trained`` has gradients, that of the tokens."""
         trains = trained is not None and self.tokens.requires_grad
         with torch.set_grad_enabled(trains):
-            out = run()
+            out = first(run(self.tokens))
             if trained is None or not trains:
                 return [out]
             for each in (self.tokens, *trained.parameters()):
@@ -105,18 +120,23 @@ def _block(layer: Layer, machine: Machine, training: bool) -> Block:
 
 
 def _prepared(
-    name: str, layer: Layer, point: RankPoint, inputs: _Inputs, machine: Machine, base: str
+    name: str,
+    layer: Layer,
+    point: RankPoint,
+    inputs: _Inputs | Decoding,
+    machine: Machine,
+    base: str,
 ) -> Call | None:
     """A call that has been seen to be right; None, with the reason in the point, if any rank has
     none."""
     problem, error, call = "", 0.0, None
     try:
-        module = _block(layer, machine, point.training).module
+        module = inputs.module(layer, machine)
         program = make(name, module, inputs.top_k, base)
         trained = None if name == EXCHANGE else module
 
         def call() -> list[Tensor]:
-            return inputs.results(lambda: program.call(inputs.tokens), trained)
+            return inputs.results(program.call, trained)
 
         found = call()
         machine.samples(call, 2)
@@ -132,17 +152,15 @@ def _prepared(
 
 
 def _captured(
-    name: str, call: Call, point: RankPoint, inputs: _Inputs, machine: Machine
+    name: str, call: Call, point: RankPoint, inputs: _Inputs | Decoding, machine: Machine
 ) -> dict[str, Call]:
     """A graph of it, seen to be right on these tokens when it has run on others before."""
     graph, problem, error, replay = f"{name}_graph", "", 0.0, call
     try:
         with torch.no_grad():
             replay, result = machine.captured(call)
-            kept = inputs.tokens.clone()
-            inputs.tokens.normal_()
-            replay()
-            inputs.tokens.copy_(kept)
+            with inputs.others():
+                replay()
             replay()
             error = inputs.error(result)
     except Exception as failure:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_fx.bench.reference import first
 from moe_fx.report import Report
+from moe_fx.weights.expert_parameters import likely_experts
 
 __all__ = ["CAPTURED", "EXCHANGE", "HF_COMPILED", "PROGRAMS", "CannotRun", "hugging_face", "make"]
 
@@ -39,7 +39,7 @@ PROGRAMS: dict[str, str] = {
 the group's all-to-all, in equal parts."""
 CAPTURED = ("direct",)
 """Measured as a CUDA graph too."""
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Any]
 
 
 class CannotRun(Exception):
@@ -48,7 +48,7 @@ class CannotRun(Exception):
 
 @dataclass
 class Program:
-    """call: tokens ``[1, T, H]`` to the block's result. reports: of moe_fx; None: not ours."""
+    """call: what stands in for the block or model. reports: of moe_fx; None: not ours."""
 
     call: Function
     reports: list[Report] | None = None
@@ -65,14 +65,15 @@ class Program:
 
 
 def make(name: str, block: nn.Module, top_k: int, base: str) -> Program:
-    """``block``: a block of its own for the program, with the same weights on every rank."""
+    """``block``: a block, or a model, of its own for the program, with the same weights on every
+    rank."""
     if name == COMPUTE:
-        return Program(_first_of(torch.compile(block, dynamic=False, backend=base)))
+        return Program(torch.compile(block, dynamic=False, backend=base))
     if name == EXCHANGE:
         return Program(lambda tokens: _there_and_back(tokens, top_k))
     if name in (HF_EAGER, HF_COMPILED):
         module = hugging_face(block)
-        return Program(_first_of(torch.compile(module) if name == HF_COMPILED else module))
+        return Program(torch.compile(module) if name == HF_COMPILED else module)
     reports: list[Report] = []
     options = {
         "ep_group": dist.group.WORLD,
@@ -82,11 +83,7 @@ def make(name: str, block: nn.Module, top_k: int, base: str) -> Program:
         **_OURS[name],
     }
     compiled = torch.compile(block, backend="moe_fx", dynamic=False, options=options)
-    return Program(_first_of(compiled), reports)
-
-
-def _first_of(module: Callable[..., Any]) -> Function:
-    return lambda tokens: first(module(tokens))
+    return Program(compiled, reports)
 
 
 def _there_and_back(tokens: Tensor, top_k: int) -> Tensor:
@@ -101,7 +98,7 @@ def _there_and_back(tokens: Tensor, top_k: int) -> Tensor:
 
 
 def hugging_face(block: nn.Module) -> nn.Module:
-    """transformers' own expert parallelism, of ``block``. Raises `CannotRun`."""
+    """transformers' own expert parallelism, of a block or model. Raises `CannotRun`."""
     try:
         from transformers.distributed.expert_parallel import apply_expert_parallelism
     except ImportError as error:
@@ -109,11 +106,11 @@ def hugging_face(block: nn.Module) -> nn.Module:
     device = next(block.parameters()).device.type
     shape = (dist.get_world_size(), 1)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("ep", "tp"))
-    plan = {
-        "experts.gate_up_proj": "grouped_gemm",
-        "experts.down_proj": "grouped_gemm",
-        "experts": "ep_dispatch_experts",
-    }
+    paths = {slot.full_name.removesuffix(f".{slot.name}") for slot in likely_experts(block)}
+    plan = {}
+    for path in sorted(paths):
+        plan |= {f"{path}.{name}": "grouped_gemm" for name in ("gate_up_proj", "down_proj")}
+        plan[path] = "ep_dispatch_experts"
     module: nn.Module = apply_expert_parallelism(
         block, mesh["ep"], mesh["tp"], plan, ep_implementation="all_to_all"
     )

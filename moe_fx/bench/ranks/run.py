@@ -13,17 +13,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
-from moe_fx.bench.layers import LAYERS, Layer, from_file
+from moe_fx.bench.layers import LAYERS, MODELS, Layer, from_file
 from moe_fx.bench.machine import Gpu, Machine
 from moe_fx.bench.ranks.measure import measure
 from moe_fx.bench.ranks.points import RankPoint, show
-from moe_fx.bench.ranks.programs import PROGRAMS
+from moe_fx.bench.ranks.programs import EXCHANGE, PROGRAMS
 from moe_fx.bench.results import write
 from moe_fx.errors import ConfigurationError
 
 __all__ = ["failures", "on_gpus", "run"]
 
 _TOKENS = (64, 1024, 8192)
+_BATCHES = (1, 16)
 _ROUTINGS = ("uniform", "zipf")
 _DEFAULT = ("qwen3", "mixtral")
 _ROUNDS = 15
@@ -46,6 +47,7 @@ def run(
     console: Console,
     path: Path | None = None,
     layers: Sequence[str] | None = None,
+    models: Sequence[str] | None = None,
     config: Path | None = None,
     tokens: Sequence[int] | None = None,
     routing: Sequence[str] | None = None,
@@ -62,22 +64,30 @@ def run(
         aside.print(escape(text), highlight=False, style="dim", soft_wrap=True)
 
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache")
-    chosen = _layers(layers, config)
+    chosen = _layers(layers, config, models)
     names = _known("--program", programs or list(PROGRAMS), PROGRAMS)
     routings = _known("--routing", routing or ["uniform"], dict.fromkeys(_ROUTINGS, ""))
     name = f"{dist.get_world_size()} × {machine.name}"
-    say(f"{name}: {len(chosen) * len(tokens or _TOKENS) * len(routings)} points, a minute each")
+    world = dist.get_world_size()
+    selected = [
+        (layer, RankPoint(layer.name, number, how, training, world))
+        for layer in chosen
+        for number in tokens or _TOKENS
+        for how in routings
+    ] + [
+        (MODELS[each], RankPoint(each, number, "uniform", False, world, decodes=True))
+        for each in _known("--model", models or (), MODELS)
+        for number in tokens or _BATCHES
+    ]
+    say(f"{name}: {len(selected)} points, a minute each")
     points: list[RankPoint] = []
-    for layer in chosen:
-        for number in tokens or _TOKENS:
-            for how in routings:
-                point = RankPoint(layer.name, number, how, training, dist.get_world_size())
-                with torch._dynamo.config.patch(recompile_limit=_COMPILED):
-                    measure(layer, point, names, machine, rounds or _ROUNDS, base, say)
-                points.append(point)
-                if speaks and path is not None:
-                    machine_of = {"name": name, "threads": torch.get_num_threads()}
-                    write(path, machine_of, points)
+    for layer, point in selected:
+        its = [each for each in names if not (point.decodes and each == EXCHANGE)]
+        with torch._dynamo.config.patch(recompile_limit=_COMPILED):
+            measure(layer, point, its, machine, rounds or _ROUNDS, base, say)
+        points.append(point)
+        if speaks and path is not None:
+            write(path, {"name": name, "threads": torch.get_num_threads()}, points)
     if speaks:
         show(points, name, console)
     return points
@@ -87,11 +97,13 @@ def failures(points: list[RankPoint]) -> list[str]:
     return [said for point in points for said in point.wrong]
 
 
-def _layers(names: Sequence[str] | None, config: Path | None) -> list[Layer]:
+def _layers(
+    names: Sequence[str] | None, config: Path | None, models: Sequence[str] | None
+) -> list[Layer]:
     found = [LAYERS[each] for each in _known("--layer", names or (), LAYERS)]
     if config is not None:
         found.append(from_file(config))
-    return found or [LAYERS[each] for each in _DEFAULT]
+    return found or [LAYERS[each] for each in _DEFAULT if not models]
 
 
 def _known(option: str, names: Sequence[str], table: dict[str, Any]) -> list[str]:

@@ -163,6 +163,8 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
             Tiles(16, 64, 64, 1, 4, 5),
             Tiles(16, 64, 64, 1, 4, 4, described=True, joined=True),
             Tiles(16, 32, 64, 1, 4, 5, described=True, joined=True),
+            Tiles(16, 64, 64, 1, 4, 4, joined=True),
+            Tiles(16, 32, 128, 1, 4, 3, joined=True),
         ],
         [
             Tiles(16, 64, 128, 1, 2, 4),
@@ -181,6 +183,7 @@ _TILES: list[tuple[float, list[Tiles], list[Tiles]]] = [
             Tiles(16, 128, 128, 1, 4, 3),
             Tiles(32, 64, 64, 1, 4, 4, described=True, joined=True),
             Tiles(64, 64, 64, 8, 4, 4, described=True, joined=True),
+            Tiles(32, 64, 64, 1, 4, 4, joined=True),
         ],
         [
             Tiles(32, 128, 128, 1, 4, 3),
@@ -267,7 +270,7 @@ def _fitting(tiles: list[Tiles], shape: Shape, matrices: int, depth: int) -> lis
 
 def _takes(shape: Shape, tiles: Tiles, matrices: int) -> bool:
     if tiles.joined:
-        return shape.joinable
+        return shape.joinable if tiles.described else shape.alternates
     described = shape.described and not (matrices == 2 and shape.alternates)
     return described or not tiles.described
 

@@ -17,22 +17,23 @@ from moe_fx.options import Options
 def is_for_cuda(options: Options, inputs: Sequence[Any]) -> bool:
     """Whether the inputs are on a GPU that Triton compiles for, or graphs with them are fused as
     if they were."""
-    return options.lower == "cuda" or (options.lower == "auto" and HAS_TRITON and _on_cuda(inputs))
+    return options.lower == "cuda" or (HAS_TRITON and _on_cuda(inputs))
 
 
 class Cuda(Plain):
     @classmethod
-    def of(cls) -> Cuda:
-        return cls(fuses_experts=True, fuses_routers=True, trains_routers=True)
+    def of(cls, options: Options) -> Cuda:
+        fuses = options.lower != "off"
+        return cls(fuses_experts=fuses, fuses_routers=fuses, trains_routers=fuses)
 
     def unreachable(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
-        if not self.writes_to_peers(device):
+        if not self.is_gpu(device):
             return ""
         from moe_fx.devices.cuda.peers.reach import unreachable
 
         return unreachable(group, device, timeout)
 
-    def writes_to_peers(self, device: torch.device) -> bool:
+    def is_gpu(self, device: torch.device) -> bool:
         return device.type == "cuda"
 
 

@@ -95,15 +95,13 @@ _kinds: dict[Hashable, Kind | None] = {}
 
 
 def key_of(inputs: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
-    """What a kernel is compiled for, of its tensors."""
-    return tuple(
-        [
-            None
-            if each is None
-            else (each.shape, each.stride(), each.dtype, each.data_ptr() % 16 == 0, each.device)
-            for each in inputs
-        ]
-    )
+    """What a kernel is compiled for, of its tensors, the first of which says the device."""
+    first = inputs[0]
+    assert first is not None
+    return first.device, *[
+        None if each is None else (each.shape, each.stride(), each.dtype, each.data_ptr() % 16 == 0)
+        for each in inputs
+    ]
 
 
 def known(key: Hashable) -> Kind | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_fx.compat import autocast_off
+from moe_fx.compat import Empty, autocast_off, empty_on
 
 __all__ = ["Called", "FromElsewhere", "Kind", "Launched", "Recording", "kind_of"]
 
@@ -63,7 +63,7 @@ class _Now:
     """A call that is made again. tensors, begins: by slot, what stands there and its address."""
 
     stream: int
-    device: torch.device
+    empty: Empty
     tensors: list[Tensor | None]
     begins: list[int]
 
@@ -187,10 +187,18 @@ class _Call:
 class _Allocate:
     slot: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, slot: int, shape: Sequence[int], dtype: torch.dtype) -> _Allocate:
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.append(strides[-1] * max(1, size))
+        return cls(slot, tuple(shape), tuple(reversed(strides)), dtype)
+
     def again(self, now: _Now) -> None:
-        made = torch.empty(self.shape, dtype=self.dtype, device=now.device)
+        made = now.empty(self.shape, self.strides, self.dtype)
         now.tensors[self.slot] = made
         now.begins[self.slot] = made.data_ptr()
 
@@ -221,7 +229,7 @@ class Kind:
         """The results for ``inputs``. The current device must be theirs."""
         now = _Now(
             driver.active.get_current_stream(self.device.index),
-            self.device,
+            empty_on(self.device),
             [*inputs, *[None] * self.made],
             [0 if each is None else each.data_ptr() for each in inputs] + [0] * self.made,
         )
@@ -301,12 +309,12 @@ class _Recorder:
             storage = buffer.untyped_storage().data_ptr()
             if storage in alone or buffer.nbytes >= _PACKED:
                 slot = self._new_slot(buffer)
-                self.steps.append(_Allocate(slot, tuple(buffer.shape), buffer.dtype))
+                self.steps.append(_Allocate.of(slot, buffer.shape, buffer.dtype))
             else:
                 self.places[storage] = packed, buffer.data_ptr() - size
                 size += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
         if size:
-            self.steps.insert(0, _Allocate(packed, (size,), torch.uint8))
+            self.steps.insert(0, _Allocate.of(packed, (size,), torch.uint8))
 
     def _add_call(self, step: Called) -> None:
         arguments = tuple(self._argument(each) for each in step.args)

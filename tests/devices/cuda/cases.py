@@ -125,6 +125,8 @@ def ways(
         if device == "cuda":
             large = [Tiles(16, 64, 64, 1, 4, 4, **joined), Tiles(128, 128, 64, 8, 8, 3, **joined)]
             ups += large if dtype.itemsize == 2 else large[:1]  # as much memory as there is
+    if shape.layout == "interleaved":
+        ups.append(Tiles(32, 16, 32, 4, 4, 2, joined=True))
     grouped = [GROUPED] if (shape.grouped if device == "cuda" else shape.described) else []
     ups, downs = [*ups, *grouped], [*downs, *grouped]
     for at, up in enumerate(ups):

@@ -40,6 +40,10 @@ class Kernel:
         self.again.append(((x, y, z), args))
 
 
+def _on_the_host(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Buffers on the host in place of a GPU's."""
@@ -47,6 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_kinds", {})
     driver = mock.Mock(active=mock.Mock(get_current_stream=lambda _: 5))
     monkeypatch.setattr(recording, "driver", driver)
+    monkeypatch.setattr(recording, "empty_on", lambda _: _on_the_host)
     with mock.patch.object(torch, "empty", lambda shape, dtype, device: real(shape, dtype=dtype)):
         yield
 

@@ -105,8 +105,12 @@ def _gate_up_tile(
                 a = tl.load(at, mask=real[:, None] & (k + depth < K)[None, :], other=0.0)
         if JOINED == "":
             b = matrix(gate, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
-        else:
+        elif DESCRIBED:
             b = both(gate, expert, n, k, BN, BK, JOINED, K_LAST)
+        else:
+            b = matrix(
+                gate, expert, 2 * n, k, 2 * N, K, se, sn, sk, 2 * BN, BK, False, K_LAST, EVEN
+            )  # fmt: skip
         g = tl.dot(a, b, g, input_precision=PRECISION)
         if GATED and JOINED == "":
             b = matrix(up, expert, n, k, N, K, se, sn, sk, BN, BK, DESCRIBED, K_LAST, EVEN)
@@ -286,8 +290,9 @@ def gate_up(
     shared = _shared(tiles, depth, outer, gate)
     second = gate if up is None else up
     tables: list[Any] = [gate, second]
+    read_by = whole if tiles.joined else gate
     if tiles.joined:
-        tables = [_described_whole(whole, tiles, layout), None]
+        tables = [_described_whole(whole, tiles, layout) if tiles.described else whole, None]
     elif tiles.described:
         tables = [_described(each, tiles, shared["K_LAST"]) for each in tables]
     read: list[Any] = [tokens, tokens]
@@ -299,7 +304,8 @@ def gate_up(
     launch(
         _gate_up, _grid(pairs, experts, outer, tiles),
         *read, order, ends, *tables, gate_bias, up_bias, out, columns,
-        experts, outer, depth, tokens.stride(0), gate.stride(0), gate.stride(2), gate.stride(1),
+        experts, outer, depth,
+        tokens.stride(0), read_by.stride(0), read_by.stride(2), read_by.stride(1),
         *bias_strides,
         GATHERS=not tiles.gathered, FETCHES=tiles.gathered,
         TOP_K=top_k, BE=triton.next_power_of_2(experts), GATED=up is not None,

@@ -19,7 +19,8 @@ class Tiles:
     stages in flight. described: matrices are fetched by descriptors (TMA, from Hopper on), of
     `gate_up` those of experts only. gathered: the tokens are gathered beforehand, and fetched by
     descriptors too. joined: gate and up, of one table, are one product of twice the columns
-    (Hopper's widest, which reads rows once for both). rest: what is left of an expert's rows, if
+    (Hopper's widest, which reads rows once for both); without descriptors only where their columns
+    alternate. rest: what is left of an expert's rows, if
     it is no more than so many, has a tile of so many; 0: of as many as any."""
 
     rows: int
