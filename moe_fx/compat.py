@@ -413,7 +413,7 @@ def empty_on(device: torch.device) -> Empty:
     ``device``; as the code that Inductor generates does, at a third of the time that
     ``torch.empty`` takes the host."""
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-        return cast(Empty, torch._C._dynamo.guards._empty_strided_cuda)
+        return cast(Empty, torch._C._dynamo.guards._empty_strided_cuda)  # type: ignore[attr-defined]
     return functools.partial(_empty, device)
 
 
@@ -771,7 +771,8 @@ def say_what_dynamo_said(module: GraphModule, captured: GraphModule) -> None:
             own.meta["tensor_dict"] = {_STATIC: static}
     module.meta |= metas
     held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    module._param_name_to_source = {name: ConstantSource(f"moe_fx.{name}") for name in held}
+    sources = {name: ConstantSource(f"moe_fx.{name}") for name in held}
+    object.__setattr__(module, "_param_name_to_source", sources)
 
 
 _OF_DYNAMO = ("dynamo_flat_name_to_original_fqn", "dynamo_compile_id")

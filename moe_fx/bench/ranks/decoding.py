@@ -45,7 +45,8 @@ class Decoding:
             return cls(run, ids, config.vocab_size, top_k, [run(model).clone()])
 
     def module(self, layer: Layer, machine: Machine) -> nn.Module:
-        return _model(layer, machine)
+        model: nn.Module = _model(layer, machine)
+        return model
 
     @contextmanager
     def others(self) -> Iterator[None]:
@@ -63,9 +64,8 @@ class Decoding:
         return max(map(relative_error, found, self.expected))
 
 
-def _model(layer: Layer, machine: Machine) -> nn.Module:
+def _model(layer: Layer, machine: Machine) -> Any:
     gc.collect()
     machine.clear()
     torch.manual_seed(0)
-    model: nn.Module = build_model(layer, machine.device)
-    return model
+    return build_model(layer, machine.device)

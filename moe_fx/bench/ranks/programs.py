@@ -107,7 +107,7 @@ def hugging_face(block: nn.Module) -> nn.Module:
     shape = (dist.get_world_size(), 1)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("ep", "tp"))
     paths = {slot.full_name.removesuffix(f".{slot.name}") for slot in likely_experts(block)}
-    plan = {}
+    plan: dict[str, str] = {}
     for path in sorted(paths):
         plan |= {f"{path}.{name}": "grouped_gemm" for name in ("gate_up_proj", "down_proj")}
         plan[path] = "ep_dispatch_experts"
