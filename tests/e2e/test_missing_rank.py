@@ -84,20 +84,21 @@ def check(message: str, what: str, backward: bool) -> None:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    "given",
+    ("given", "waited_for"),
     [
-        {"base": "eager", "overlap": "off"},
-        {"base": "aot_eager", "overlap": 4},
-        {"base": "aot_eager", "strategy": "allgather"},
+        ({"base": "eager", "overlap": "off"}, ("counts", "rows")),
+        ({"base": "aot_eager", "overlap": 4}, ("counts", "rows")),
+        ({"base": "aot_eager", "strategy": "allgather"}, ("sizes", "rows")),
+        ({"base": "aot_eager", "strategy": "direct"}, ("tokens", "tokens")),
+        ({"base": "aot_eager", "strategy": "direct", "lower": "cuda"}, ("tokens", "tokens")),
     ],
-    ids=["eager", "overlapped", "allgather"],
+    ids=["eager", "overlapped", "allgather", "direct", "direct, fused"],
 )
 def test_a_rank_that_stops_is_named_by_the_other(
-    ranks2: RankPool, given: dict[str, Any], backward: bool
+    ranks2: RankPool, given: dict[str, Any], waited_for: tuple[str, str], backward: bool
 ) -> None:
     message, _ = ranks2.run(_left_alone, backward, given)
-    even = "strategy" in given
-    check(message, "rows" if backward else "sizes" if even else "counts", backward)
+    check(message, waited_for[backward], backward)
 
 
 @pytest.mark.slow
