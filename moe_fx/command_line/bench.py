@@ -148,7 +148,8 @@ def bench_command(
         typer.Option(
             callback=writable,
             help="Also write a trace of the first point for ui.perfetto.dev, and beside it a "
-            "picture (.svg): compute, exchange and wait of each rank, without overlap and with.",
+            "picture (.svg): compute, exchange and wait of each rank, without overlap and with. "
+            "On several GPUs: one call of each program, as the first rank's host and GPU run it.",
             rich_help_panel=_LINK,
         ),
     ] = None,
@@ -183,9 +184,9 @@ def bench_command(
     eager and compiled, and moe_fx: one all-to-all, in 2 and 4 chunks,
     "direct" (also as a CUDA graph) and as it chooses. Times are the slower
     rank's; each result is compared with one GPU's. --layer, --config,
-    --model, --tokens (of each rank), --training, --routing, --program and
-    --rounds say what; default: qwen3 and mixtral, 64, 1024 and 8192 tokens,
-    uniform.
+    --model, --tokens (of each rank), --training, --routing, --program,
+    --rounds and --trace say what; default: qwen3 and mixtral, 64, 1024 and
+    8192 tokens, uniform.
 
     Examples:
       moe-fx bench --quick                        one point: minutes
@@ -261,7 +262,7 @@ def _on_gpus(
 ) -> list[str]:
     if device != "cuda":
         fail(f"--device {device}: under torchrun give cuda; each rank takes a GPU of its own.")
-    taken = ("routing", "program", "rounds")
+    taken = ("routing", "program", "rounds", "trace")
     others = {name: value for name, value in link.items() if name not in taken}
     _refuse(others, "is about the slow link; leave it out with --device")
     for name in ("dynamic", "parts", "seconds_per_point"):
@@ -280,6 +281,7 @@ def _on_gpus(
         programs=link["program"],
         rounds=link["rounds"],
         training=gpu["training"],
+        trace=link["trace"],
     )
     return run.failures(points)
 

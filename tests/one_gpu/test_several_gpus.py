@@ -50,6 +50,7 @@ def bench(
             rounds=2,
             training=training,
             base="aot_eager",
+            trace=Path(path).with_suffix(".trace.json"),
         )
     return points, text.getvalue()
 
@@ -71,6 +72,8 @@ def test_programs_are_right_and_timed(
         assert set(point.errors) == {*names, "direct_graph"} - {"exchange"}
         assert point.plans["direct"].startswith("direct, 2 ranks of 4 experts")
         assert point.title in table
+    traced = json.loads(path.with_suffix(".trace.json").read_text())["traceEvents"]
+    assert {*points[0].samples} <= {each.get("name") for each in traced}
     written = json.loads(path.read_text())
     assert [each["routing"] for each in written["points"]] == routing
     assert written["points"][0]["medians"].keys() == points[0].samples.keys()

@@ -11,11 +11,13 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import profile, record_function
 
 from moe_fx.bench.layers import Block, Layer, build_block
 from moe_fx.bench.machine import Machine
@@ -40,8 +42,9 @@ def measure(
     rounds: int,
     base: str,
     say: Callable[[str], None],
+    trace: Path | None = None,
 ) -> None:
-    """Fills ``point``. Every rank calls it alike."""
+    """Fills ``point``. Every rank calls it alike. trace: a file for what the first rank does."""
     torch._dynamo.reset()
     kind = Decoding if point.decodes else _Inputs
     inputs = kind.of(layer, point, machine)
@@ -56,6 +59,8 @@ def measure(
     point.judge()
     say(f"{point.title}: timing")
     point.samples = _timed(calls, machine, rounds)
+    if trace is not None:
+        _write_trace(calls, machine, trace)
 
 
 @dataclass
@@ -218,3 +223,14 @@ def _timed(calls: dict[str, Call], machine: Machine, rounds: int) -> dict[str, l
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             found[name].append(float(slowest))
     return found
+
+
+def _write_trace(calls: dict[str, Call], machine: Machine, path: Path) -> None:
+    """One call of each program, under its name, as torch's profiler sees this host and device."""
+    with profile() as profiler:
+        for name, call in calls.items():
+            dist.barrier()
+            with record_function(name):
+                machine.samples(call, 1)
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(str(path))

@@ -55,8 +55,10 @@ def run(
     rounds: int | None = None,
     training: bool = False,
     base: str = "inductor",
+    trace: Path | None = None,
 ) -> list[RankPoint]:
-    """What is asked for, on all ranks of the default group, all of which call it alike."""
+    """What is asked for, on all ranks of the default group, all of which call it alike. trace: gets
+    one call of each program of the first point."""
     speaks = dist.get_rank() == 0
     aside = Console(stderr=True, quiet=not speaks)
 
@@ -84,7 +86,8 @@ def run(
     for layer, point in selected:
         its = [each for each in names if not (point.decodes and each == EXCHANGE)]
         with torch._dynamo.config.patch(recompile_limit=_COMPILED):
-            measure(layer, point, its, machine, rounds or _ROUNDS, base, say)
+            first = trace if not points else None
+            measure(layer, point, its, machine, rounds or _ROUNDS, base, say, first)
         points.append(point)
         if speaks and path is not None:
             write(path, {"name": name, "threads": torch.get_num_threads()}, points)
