@@ -770,7 +770,8 @@ def say_what_dynamo_said(module: GraphModule, captured: GraphModule) -> None:
         if static:
             own.meta["tensor_dict"] = {_STATIC: static}
     module.meta |= metas
-    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    given = module.named_parameters, module.named_buffers
+    held = [name for named in given for name, _ in named(remove_duplicate=False)]
     sources = {name: ConstantSource(f"moe_fx.{name}") for name in held}
     object.__setattr__(module, "_param_name_to_source", sources)
 

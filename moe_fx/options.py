@@ -51,7 +51,8 @@ class Options(BaseModel):
     base_options: options for that compiler: Inductor's ``options``, npugraph_ex's ``options``,
         attributes of torchair's ``CompilerConfig`` by their dotted names.
     lower: "auto": on an NPU make ops of the device of the dialect ops, on CUDA fuse the experts of
-        local layers; "off": neither; "npu": as on an NPU wherever the graph is, for tests with
+        local layers and of "direct"; "off": neither (the exchange of "direct" is kernels all the
+        same); "npu": as on an NPU wherever the graph is, for tests with
         `moe_fx.devices.ascend.reference`; "cuda": fuse local layers' experts as on CUDA, wherever
         the graph runs.
     exchange_cores: (AI cores, vector cores) that ops on the exchange's stream may use on an NPU.
@@ -60,8 +61,8 @@ class Options(BaseModel):
     strict: a layer that may have been missed (`Report.missed`), or none at all, is an error.
     strategy: how tokens and experts meet (`moe_fx.plan.ExchangePlan`); "auto": what costs least of
         "alltoall" and, with even_tokens, "allgather"; on an NPU, with even_tokens, "mc2" for as few
-        tokens as it takes; on GPUs that write to each other's memory "direct". The others only if
-        asked for.
+        tokens as it takes; on GPUs that write to each other's memory "direct", unless ``overlap``
+        is a number above 1. The others only if asked for.
     even_tokens: a promise that in every step all ranks have the same number of tokens, checked when
         the graph runs: lets "auto" take "allgather" too. Asking for a strategy that needs it is to
         promise it.
@@ -71,7 +72,8 @@ class Options(BaseModel):
         tokens are left out, which changes results.
     overlap: into how many chunks the exchange is cut so that it runs beside the experts: a number,
         "auto" (as the cost model says), or "off" (one, waited for at once). On GPUs a number is the
-        most: no more are planned than pay, and the report has a note where there are fewer.
+        most: no more are planned than pay, decided once for all layers of a kind, and the report
+        has a note where there are fewer.
     overlap_memory: how much more memory than in the captured order the results alive at once may
         take for the sake of overlap, as a factor.
     agree_timeout: seconds to wait for the other ranks to have compiled the same plans.

@@ -267,6 +267,9 @@ def _on_gpus(
     _refuse(others, "is about the slow link; leave it out with --device")
     for name in ("dynamic", "parts", "seconds_per_point"):
         _refuse({name: gpu[name]}, "is for one GPU; leave it out under torchrun")
+    if gpu["models"] and not layers and gpu["config"] is None:
+        others = {"training": gpu["training"], "routing": link["routing"]}
+        _refuse(others, "is for layers; a model's step of decode has neither")
     from moe_fx.bench.ranks import run
 
     console = Console() if Console().is_terminal else Console(width=_WIDTH)

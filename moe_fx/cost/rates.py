@@ -48,7 +48,7 @@ _KEPT_BYTES = 32 << 20
 M_MMAP_THRESHOLD that it adapts to), which hands it out page by page."""
 _HELD = 8
 _LAUNCHED = 2.5
-"""Where a host launches what a device does: what a piece takes it, over ops on rows alone. It
+"""On GPUs: what a piece takes the host that launches it, over ops on rows alone. It
 starts and waits for two exchanges, and launches generated kernels (two H200: 1.05 and 1.7 ms on the
 two ranks, of which 0.5 and more are ops on rows)."""
 _COPY_BYTES = {"cpu": 16 << 20}
@@ -142,7 +142,7 @@ class _Measured:
 
     def piece_seconds(self) -> float:
         rows = _piece_seconds(self.device, self.dtype)
-        return rows if self.device.type == "cpu" else _LAUNCHED * rows
+        return _LAUNCHED * rows if self.device.type == "cuda" else rows
 
     def cut_seconds(self) -> float:
         return _cut_seconds(self.device)

@@ -23,6 +23,7 @@ region that the strategy asked for does not fit.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -138,19 +139,20 @@ def _asked_chunks(options: Options) -> int:
 
 
 def _may_be_fewer(strategy: str, chunks: int, context: Context, device: torch.device) -> bool:
-    return chunks > 1 and strategy not in WHOLE and context.device.is_gpu(device)
+    exact = os.environ.get("MOE_FX_CHUNKS") == "exact"
+    return chunks > 1 and strategy not in WHOLE and context.device.is_gpu(device) and not exact
 
 
 def _say_fewer(
     region: Region, context: Context, chunks: int, choice: Choice, predicted: Predicted
 ) -> None:
-    if choice.chunks == chunks:
+    most = max(predicted.weighed, key=lambda each: each.chunks)
+    if choice.chunks >= most.chunks:
         return
-    many = next(each.seconds for each in predicted.weighed if each.chunks == chunks)
     note = (
         f"overlap={chunks}: the layer at {region.source} is planned in {choice.chunks} chunk(s), "
-        f"expected to take {1e3 * predicted.seconds:.3g} ms; in {chunks} it would take "
-        f"{1e3 * many:.3g} ms, as the host launches chunks one after the other"
+        f"expected to take {1e3 * predicted.seconds:.3g} ms; in {most.chunks} it would take "
+        f"{1e3 * most.seconds:.3g} ms, as the host launches chunks one after the other"
     )
     log.info("%s", note)
     context.report.notes.append(note)

@@ -188,6 +188,7 @@ def test_figures_of_a_point() -> None:
         (["--device", "cuda:1"], "each rank takes a GPU of its own"),
         (["--device", "cuda", "--quick"], "is about the slow link"),
         (["--device", "cuda", "--parts"], "is for one GPU"),
+        (["--device", "cuda", "--model", "qwen3", "--training"], "is for layers"),
     ],
 )
 def test_options_that_are_not_for_several_gpus(options: list[str], said: str) -> None:

@@ -25,10 +25,12 @@ __all__ = ["Decoding"]
 
 @dataclass
 class Decoding:
-    """Of this rank. run: a step with what stands in for the model. ids: the last tokens, static.
+    """Of this rank. run: a step with what stands in for the model. restore: puts back what steps
+    change in windows that are full, before a result that is compared. ids: the last tokens, static.
     expected: logits of the model on one GPU."""
 
     run: Callable[[Any], Tensor]
+    restore: Callable[[], None]
     ids: Tensor
     vocabulary: int
     top_k: int
@@ -40,9 +42,9 @@ class Decoding:
         config = model.config.get_text_config()
         torch.manual_seed(1 + dist.get_rank())
         with torch.no_grad():
-            ids, run, _ = decoding(model, point.tokens, CONTEXT, CACHE, machine.device)
+            ids, run, restore = decoding(model, point.tokens, CONTEXT, CACHE, machine.device)
             top_k = config.num_experts_per_tok
-            return cls(run, ids, config.vocab_size, top_k, [run(model).clone()])
+            return cls(run, restore, ids, config.vocab_size, top_k, [run(model).clone()])
 
     def module(self, layer: Layer, machine: Machine) -> nn.Module:
         model: nn.Module = _model(layer, machine)
@@ -53,8 +55,10 @@ class Decoding:
         """Within, the tokens are others."""
         kept = self.ids.clone()
         self.ids.random_(self.vocabulary)
-        yield
-        self.ids.copy_(kept)
+        try:
+            yield
+        finally:
+            self.ids.copy_(kept)
 
     def results(self, run: Function, trained: nn.Module | None) -> list[Tensor]:
         with torch.no_grad():

@@ -92,8 +92,13 @@ class _Inputs:
         """Within, the tokens are others."""
         kept = self.tokens.clone()
         self.tokens.normal_()
-        yield
-        self.tokens.copy_(kept)
+        try:
+            yield
+        finally:
+            self.tokens.copy_(kept)
+
+    def restore(self) -> None:
+        """Before a result that is compared: a block keeps no state."""
 
     def results(self, run: Function, trained: nn.Module | None) -> list[Tensor]:
         """The result and, where ``trained`` has gradients, that of the tokens."""
@@ -143,6 +148,7 @@ def _prepared(
         def call() -> list[Tensor]:
             return inputs.results(program.call, trained)
 
+        inputs.restore()
         found = call()
         machine.samples(call, 2)
         point.plans[name] = program.check()
@@ -166,6 +172,7 @@ def _captured(
             replay, result = machine.captured(call)
             with inputs.others():
                 replay()
+            inputs.restore()
             replay()
             error = inputs.error(result)
     except Exception as failure:

@@ -3,6 +3,7 @@ than pay. Two real ranks on CPUs, which take themselves for GPUs and exchange ov
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ def planned(rank: int, far: str, given: dict[str, Any]) -> tuple[list[str], list
     torch._dynamo.reset()
     module, x = block("qwen3_moe"), tokens(1, 16, 64, seed=rank)
     reports: list[moe_fx.Report] = []
+    exact = "exact" if given.pop("exact", False) else ""
     options = {
         "ep_group": dist.new_group(),
         "lower": "cuda",
@@ -32,6 +34,7 @@ def planned(rank: int, far: str, given: dict[str, Any]) -> tuple[list[str], list
     with (
         mock.patch.object(Cuda, "is_gpu", lambda *_: True),
         mock.patch.object(Cuda, "unreachable", lambda *_: far),
+        mock.patch.dict(os.environ, {"MOE_FX_CHUNKS": exact}),
         torch.no_grad(),
     ):
         out = torch.compile(module, backend="moe_fx", options=options | given)(x)
@@ -61,6 +64,15 @@ def test_direct_is_taken_where_gpus_reach_each_other(
 def test_what_was_asked_for_and_cannot_be_is_said(ranks2: RankPool) -> None:
     for plans, _, _ in ranks2.run(planned, "ranks share a GPU", {"strategy": "direct"}):
         assert plans == ["strategy='direct' is for ranks that share a host: ranks share a GPU"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_more_chunks_than_there_are_tokens(ranks2: RankPool, exact: bool) -> None:
+    """None of those that are weighed has so many."""
+    given = {"strategy": "allgather", "overlap": 32, "exact": exact}
+    for (plan,), _, error in ranks2.run(planned, "", given):
+        assert plan == ("allgather 32" if exact else "allgather 1")
+        assert error <= EXACT
 
 
 @pytest.mark.parametrize("strategy", ["auto", "alltoall"])

@@ -30,6 +30,8 @@ __all__ = ["Board", "board_of"]
 _SHARED = Path("/dev/shm")
 _LINE = 8
 """Numbers from one rank's word to the next: a cache line."""
+_NONE = "none: "
+"""In the place of a path: why there is none."""
 _SPIN = 2e-4
 """Seconds that a rank looks without a pause."""
 _PAUSE = 2e-5
@@ -94,9 +96,14 @@ def _opened(group: dist.ProcessGroup, timeout: float) -> Board | str:
     opened = {other: store_key(group, f"board/opened/{other}") for other in ranks}
     shape = (2, group.size(), _LINE)
     if rank == 0:
-        store.set(path_key, _made(shape))
+        try:
+            store.set(path_key, _made(shape))
+        except OSError as error:
+            store.set(path_key, f"{_NONE}rank 0 cannot share memory with others ({error.strerror})")
     wait_for(group, {0: path_key}, timeout, doing)
     path = store.get(path_key).decode()
+    if path.startswith(_NONE):
+        return path.removeprefix(_NONE)
     words, problem = None, ""
     try:
         words = np.memmap(path, dtype=np.int64, mode="r+", shape=shape)

@@ -175,9 +175,8 @@ class Pool:
             if self.error is None:
                 self._look()
             if self.error is not None:
-                if self._told == thread:  # which has not got it from beside
-                    take_back(thread)
-                    self._told = None
+                take_back(self._told)  # who may not have got it from beside, and gets it now
+                self._told = None
                 raise self.error
         if not in_backward():
             self._thread = thread

@@ -28,6 +28,13 @@ def unreachable(group: dist.ProcessGroup, device: torch.device, timeout: float) 
 
 
 def _no_peers(group: dist.ProcessGroup, device: torch.device, timeout: float) -> str:
+    number = torch.cuda.current_device() if device.index is None else device.index
+    numbers = _exchanged(group, "number", str(number), timeout)
+    if len(set(numbers)) < len(numbers):  # of different GPUs: refused by torch's symmetric memory
+        return (
+            "ranks have GPUs of the same number, which torch's symmetric memory does not take. Let "
+            "every process see all GPUs (CUDA_VISIBLE_DEVICES), and take one by its local rank"
+        )
     own = str(torch.cuda.get_device_properties(device).uuid)
     devices = _exchanged(group, "gpu", own, timeout)
     problems = _exchanged(group, "reach", _problem(group.rank(), device, devices), timeout)
@@ -45,8 +52,12 @@ def _problem(rank: int, device: torch.device, devices: list[str]) -> str:
         for at in range(torch.cuda.device_count())
     }
     for other, uuid in enumerate(devices):
-        at = visible.get(uuid)  # None: hidden from this process, which says nothing of the link
-        if other != rank and at is not None and not torch.cuda.can_device_access_peer(device, at):
+        at = visible.get(uuid)
+        if other == rank:
+            continue
+        if at is None:
+            return f"rank {rank} does not see the GPU of rank {other} (CUDA_VISIBLE_DEVICES)"
+        if not torch.cuda.can_device_access_peer(device, at):
             return f"the GPU of rank {rank} cannot access that of rank {other}"
     return ""
 
