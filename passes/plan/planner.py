@@ -43,8 +43,8 @@ from moe_fx.passes.strategies.cost_layer import buffer_bytes, device_of, layer_o
 from moe_fx.passes.strategies.fitting import (
     WHOLE,
     Misfit,
-    fits,
     fitting_strategies,
+    misfit,
     most_chunks,
 )
 from moe_fx.plan import ExchangePlan, Predicted, Span, Weighed, slices
@@ -123,14 +123,13 @@ def _for_peers(
     asked = strategies == ["direct"]
     if not asked and (options.strategy != "auto" or _asked_chunks(options) > 1):
         return strategies
-    if not fits(region, "direct", context, group.size()):
-        return strategies
-    reason = context.device.unreachable(group, device, options.agree_timeout)
+    reason = misfit(region, "direct", context, group.size())
+    reason = reason or context.device.unreachable(group, device, options.agree_timeout)
     if not reason:
         return ["direct"]
     if asked:
         raise Misfit(f"strategy='direct' is for ranks that share a host: {reason}")
-    log.info("no direct for the layer at %s: %s", region.source, reason)
+    _note(context, f"strategy: the layer at {region.source} is not planned as 'direct': {reason}")
     return strategies
 
 
@@ -154,8 +153,12 @@ def _say_fewer(
         f"expected to take {1e3 * predicted.seconds:.3g} ms; in {most.chunks} it would take "
         f"{1e3 * most.seconds:.3g} ms, as the host launches chunks one after the other"
     )
-    log.info("%s", note)
-    context.report.notes.append(note)
+    _note(context, note)
+
+
+def _note(context: Context, text: str) -> None:
+    log.info("%s", text)
+    context.report.notes.append(text)
 
 
 def planned(

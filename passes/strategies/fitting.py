@@ -31,23 +31,19 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
     """
     options = context.options
     if options.strategy != "auto":
-        reason = _misfit(region, options.strategy, context, world_size)
+        reason = misfit(region, options.strategy, context, world_size)
         if reason:
             raise Misfit(f"strategy={options.strategy!r} does not fit: {reason}")
         return [options.strategy]
     wanted = ["alltoall"]
     if options.even_tokens:
         if context.device.takes_mc2:
-            reason = _misfit(region, "mc2", context, world_size)
+            reason = misfit(region, "mc2", context, world_size)
             if not reason:
                 return ["mc2"]
             log.info("no MC2 for the layer at %s: %s", region.source, reason)
         wanted.append("allgather")
-    return [each for each in wanted if not _misfit(region, each, context, world_size)]
-
-
-def fits(region: Region, strategy: str, context: Context, world_size: int) -> bool:
-    return not _misfit(region, strategy, context, world_size)
+    return [each for each in wanted if not misfit(region, each, context, world_size)]
 
 
 def most_chunks(strategy: str, options: Options) -> int:
@@ -57,7 +53,8 @@ def most_chunks(strategy: str, options: Options) -> int:
     return 1 if strategy == "alltoall" and options.base == "torchair" else 1 << 30
 
 
-def _misfit(region: Region, strategy: str, context: Context, world_size: int) -> str:
+def misfit(region: Region, strategy: str, context: Context, world_size: int) -> str:
+    """Why ``strategy`` may not be taken; "" if it may."""
     parts = region.parts
     if strategy == "gather_weights" and not parts.gathers:
         return "the experts' weights are not gathered from shards, each rank has them whole"

@@ -190,13 +190,6 @@ class _Allocate:
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, slot: int, shape: Sequence[int], dtype: torch.dtype) -> _Allocate:
-        strides = [1]
-        for size in reversed(shape[1:]):
-            strides.append(strides[-1] * max(1, size))
-        return cls(slot, tuple(shape), tuple(reversed(strides)), dtype)
-
     def again(self, now: _Now) -> None:
         made = now.empty(self.shape, self.strides, self.dtype)
         now.tensors[self.slot] = made
@@ -309,12 +302,13 @@ class _Recorder:
             storage = buffer.untyped_storage().data_ptr()
             if storage in alone or buffer.nbytes >= _PACKED:
                 slot = self._new_slot(buffer)
-                self.steps.append(_Allocate.of(slot, buffer.shape, buffer.dtype))
+                shape, strides = tuple(buffer.shape), buffer.stride()
+                self.steps.append(_Allocate(slot, shape, strides, buffer.dtype))
             else:
                 self.places[storage] = packed, buffer.data_ptr() - size
                 size += -(-buffer.nbytes // _ALIGNED) * _ALIGNED
         if size:
-            self.steps.insert(0, _Allocate.of(packed, (size,), torch.uint8))
+            self.steps.insert(0, _Allocate(packed, (size,), (1,), torch.uint8))
 
     def _add_call(self, step: Called) -> None:
         arguments = tuple(self._argument(each) for each in step.args)

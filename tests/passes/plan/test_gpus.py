@@ -56,9 +56,12 @@ def planned(rank: int, far: str, given: dict[str, Any]) -> tuple[list[str], list
 def test_direct_is_taken_where_gpus_reach_each_other(
     ranks2: RankPool, far: str, given: dict[str, Any], expected: str
 ) -> None:
-    for plans, _, error in ranks2.run(planned, far, given):
+    for plans, notes, error in ranks2.run(planned, far, given):
         assert plans == [expected]
         assert error <= EXACT
+        assert [far in each and "is not planned as 'direct'" in each for each in notes] == (
+            [True] if far else []
+        )
 
 
 def test_what_was_asked_for_and_cannot_be_is_said(ranks2: RankPool) -> None:
