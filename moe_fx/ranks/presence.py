@@ -81,6 +81,17 @@ def others(group: dist.ProcessGroup) -> dict[int, Stand]:
     return found
 
 
+def give_up(group: dist.ProcessGroup) -> None:
+    """This rank has stopped waiting, and raises."""
+    group_store(group).set(_gave_up_key(group, group.rank()), "")
+
+
+def gave_up(group: dist.ProcessGroup) -> list[int]:
+    """The other ranks that have stopped waiting."""
+    store, others = group_store(group), set(range(group.size())) - {group.rank()}
+    return [rank for rank in sorted(others) if store.check([_gave_up_key(group, rank)])]
+
+
 def crossed(group: dist.ProcessGroup, own: Stand) -> str:
     """Which rank will never come because it waits for this one, in a sentence; "" if none says so.
 
@@ -123,3 +134,7 @@ def store_key(group: dist.ProcessGroup, what: str) -> str:
 
 def _key(group: dist.ProcessGroup, rank: int) -> str:
     return store_key(group, f"stands/{rank}")
+
+
+def _gave_up_key(group: dist.ProcessGroup, rank: int) -> str:
+    return store_key(group, f"gave_up/{rank}")

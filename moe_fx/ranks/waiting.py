@@ -137,8 +137,10 @@ def failure(
     rank, seconds = group.rank(), f"{waited:.3g} s"
     text = f"Rank {rank} waited {seconds} in {stand} of the expert-parallel group"
     try:
+        before = presence.gave_up(group)
         presence.say(group, stand)
         elsewhere = _elsewhere(group, stand, patience(timeout) + 1.0)
+        presence.give_up(group)
     except (RuntimeError, TimeoutError) as refusal:
         text += (
             ". Which rank is missing cannot be said: the group's store does not answer either "
@@ -151,6 +153,8 @@ def failure(
             text += "".join(
                 f"; rank {other} waits in {its}" for other, its in elsewhere.items() if its
             )
+        elif before:
+            text += f", which {named(group, before)} had given up before this rank came to it"
         else:
             text += ", as all other ranks do: it is the link that fails"
     if error is not None and waited < timeout:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -30,16 +32,17 @@ END = 240.0
 """Seconds after which a rank that has not ended hangs."""
 Situation = tuple[str, str, bool, str]
 """strategy, overlap, whether it stops between forward and backward, and how it stops."""
+_DIRECT = ("direct", "off")
 SITUATIONS: list[Situation] = [
     (strategy, overlap, backward, how)
-    for strategy, overlap in (("alltoall", "off"), ("alltoall", "4"), ("allgather", "1"))
+    for strategy, overlap in (("alltoall", "off"), ("alltoall", "4"), ("allgather", "1"), _DIRECT)
     for backward in (False, True)
-    for how in ("stops", "exits")
+    for how in ("stops", "exits", *(("raises", "late") if strategy == "direct" else ()))
 ]
 
 
 def rank_main(rank: int, port: int, cpu: bool, base: str, situation: Situation) -> None:
-    """Two steps; rank 1 takes no part in the second, or in its backward."""
+    """Two steps; rank 1 takes no part in the second, or in its backward, or comes late."""
     strategy, overlap, backward, how = situation
     device = torch.device("cpu") if cpu else take_gpu(rank)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
@@ -62,34 +65,44 @@ def rank_main(rank: int, port: int, cpu: bool, base: str, situation: Situation) 
         with torch.set_grad_enabled(backward):
             return compiled(x).square().sum()
 
-    loss = forward()
-    if backward:
-        loss.backward()
-    float(loss.detach())
-    if rank == 1:
-        if backward:
-            float(forward().detach())
-        if how == "exits":
-            os._exit(3)
-        time.sleep(4 * WAIT)
-        os._exit(0)
-    began = time.monotonic()
-    try:
+    def step(pause: Callable[[], None] = lambda: None) -> float:
+        if not backward:
+            pause()
         loss = forward()
         if backward:
+            float(loss.detach())
+            pause()
             loss.backward()
-        float(model.block.gate.weight.grad.sum() if backward else loss)
+        return float(model.block.gate.weight.grad.sum() if backward else loss)
+
+    def fail() -> None:
+        if how == "exits":
+            os._exit(3)
+        if how == "raises":
+            raise ValueError("a fault of this rank alone")
+        time.sleep(4 * WAIT if how == "stops" else 2 * WAIT)
+        if how == "stops":
+            os._exit(0)
+
+    step()
+    began = time.monotonic()
+    try:
+        step(fail if rank == 1 else lambda: None)
         said = "no error: a value came back"
     except MoeFxError as error:
         said = f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever it is, it is what the user would see
+        if how == "raises" and rank == 1:
+            raise
         said = f"another error, {type(error).__name__}: {error}"
     print(f"[rank {rank}, {time.monotonic() - began:.1f} s] {said}", flush=True)
+    if how == "late" and rank == 0:
+        time.sleep(4 * WAIT)  # it is there still, and has the store
     os._exit(0)
 
 
 def run(situation: Situation, cpu: bool, base: str) -> str:
-    """What rank 0 printed, and how it ended."""
+    """What rank 0 printed, and how it ended; of a rank that comes late too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,21 +118,30 @@ def run(situation: Situation, cpu: bool, base: str) -> str:
         )
         for rank in range(2)
     ]
+    found = ""
     try:
-        said, _ = ranks[0].communicate(timeout=END)
-        return f"{said}[rank 0 ended with {ranks[0].returncode}]"
-    except subprocess.TimeoutExpired:
-        ranks[0].kill()
-        said, _ = ranks[0].communicate()
-        return f"{said}[rank 0 hung: it was killed after {END:g} s]"
+        for number, rank in enumerate(ranks[: 2 if situation[-1] == "late" else 1]):
+            try:
+                said, _ = rank.communicate(timeout=END)
+                found += f"{said}[rank {number} ended with {rank.returncode}]"
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                said, _ = rank.communicate()
+                found += f"{said}[rank {number} hung: it was killed after {END:g} s]"
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+    return found
 
 
 def named(said: str) -> bool:
-    return all(part in said for part in ("of block (", "for rank(s) [1]", "synced_gpus=True"))
+    """Whether each rank that ended by itself named the other and the layer, in time."""
+    parts = "of block (", "for rank(s) [1]", "synced_gpus=True"
+    seconds = [float(each) for each in re.findall(r"^\[rank \d, (\S+) s\]", said, re.MULTILINE)]
+    in_time = bool(seconds) and max(seconds) < 3 * WAIT + 10 and seconds[0] < WAIT + 10
+    late = "[rank 1, " not in said or "rank(s) [0]" in said
+    return all(part in said for part in parts) and in_time and late
 
 
 @pytest.mark.slow
@@ -129,6 +151,13 @@ def named(said: str) -> bool:
 def test_the_other_rank_names_it(situation: Situation) -> None:
     said = run(situation, cpu=False, base="aot_eager")
     assert named(said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("situation", [each for each in SITUATIONS if each[0] == "direct"], ids=str)
+def test_over_gloo_too(situation: Situation) -> None:
+    assert named(run(situation, cpu=True, base="aot_eager"))
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 A word of shared memory a rank, written and read by all: some microseconds where all are there. The
 device is not waited for. The word of step ``n`` says ``n`` and the number at once, so that none is
 read without the other; odd and even steps have words of their own, since a rank may be one step
-ahead of another that has still to read.
+ahead of another that has still to read. A rank that has waited too long says so in both, for those
+that come late, and tells no more.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from moe_fx.compat import group_store
+from moe_fx.errors import RankMissing, RanksDiffer
 from moe_fx.ranks.agree import wait_for
-from moe_fx.ranks.presence import next_exchange, store_key
+from moe_fx.ranks.presence import named, next_exchange, store_key
 from moe_fx.ranks.waiting import Exchange
 
 __all__ = ["Board", "board_of"]
@@ -35,6 +37,7 @@ _NONE = "none: "
 _SPIN = 2e-4
 """Seconds that a rank looks without a pause."""
 _PAUSE = 2e-5
+_GAVE_UP = (1 << 63) - 1
 _HOST = torch.device("cpu")
 
 
@@ -44,10 +47,21 @@ class Board:
     def __init__(self, group: dist.ProcessGroup, words: Any) -> None:
         self.group, self.words = group, words
         self.step = 0
+        self.error: RankMissing | RanksDiffer | None = None
 
     def tell(self, tokens: int, what: str, timeout: float) -> list[int]:
         """The tokens of every rank in this step, of which this one has so many. ``RankMissing``
-        after ``timeout`` seconds. what: is waited for, in an error."""
+        after ``timeout`` seconds, and ever after. what: is waited for, in an error."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return self._told(tokens, what, timeout)
+        except (RankMissing, RanksDiffer) as error:
+            self.words[:, self.group.rank(), 0] = _GAVE_UP
+            self.error = error
+            raise
+
+    def _told(self, tokens: int, what: str, timeout: float) -> list[int]:
         self.step += 1
         words = self.words[self.step % 2, :, 0]
         words[self.group.rank()] = (self.step << 32) | tokens
@@ -55,6 +69,14 @@ class Board:
         posted = _Posted(words, self.step)
         if not posted.is_completed():
             Exchange(posted, self.group, _HOST, stand, timeout).wait()
+        gone = [rank for rank, word in enumerate(words) if word == _GAVE_UP]
+        if gone:
+            raise RankMissing(
+                f"Rank {self.group.rank()} came to {stand} of the expert-parallel group after "
+                f"{named(self.group, gone)} had stopped waiting (exchange_timeout, {timeout:g} s "
+                "here): this rank or another was late, or did not come. The group cannot be used "
+                "any more."
+            )
         return [int(word) & 0xFFFFFFFF for word in words]
 
 

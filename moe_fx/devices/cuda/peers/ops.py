@@ -65,7 +65,8 @@ def dispatch(
     def run() -> tuple[Tensor, ...]:
         _push(step, flat, ids, weights, local)
         factors = None if weights is None else step.factors(top_k, weights.dtype)
-        arrived = peers.fetch(step.rows(flat.shape[1], flat.dtype), step.here(top_k), factors)
+        given = step.rows(flat.shape[1], flat.dtype), step.here(top_k), factors
+        arrived = peers.fetch(pool.state, *given)
         return tuple(each for each in arrived if each is not None)
 
     key = ("dispatch", num_experts, exchange_timeout, key_of((flat, ids, weights)))
@@ -102,14 +103,14 @@ def combine(
     places = step.at, step.layout.factors
 
     def run() -> tuple[Tensor, ...]:
-        peers.put_back(flat, factors, here, pool.peers, places, most, pool.rank)
+        peers.put_back(pool.state, flat, factors, here, pool.peers, places, most, pool.rank)
         _meet(step)
         arrived = step.rows(flat.shape[1], flat.dtype)
-        out = peers.final(arrived, ids, pool.world, most, local)
+        out = peers.final(pool.state, arrived, ids, pool.world, most, local)
         if factors is None:
             return (out,)
         picked = step.factors(top_k, factors.dtype)
-        return out, peers.pick(picked, ids, most, local, num_experts)
+        return out, peers.pick(pool.state, picked, ids, most, local, num_experts)
 
     inputs = (flat, factors, here, ids)
     key = ("combine", num_experts, exchange_timeout, key_of(inputs))
@@ -161,7 +162,7 @@ def _whole(
     _RemoteRun.of(its, keeps=False, num_tokens=there.most).put(back)
     _meet(back)
     arrived = back.rows(its.down.shape[2], its.dtype)
-    return peers.final(arrived, ids, pool.world, back.most, local)
+    return peers.final(pool.state, arrived, ids, pool.world, back.most, local)
 
 
 @dataclass
@@ -177,8 +178,8 @@ class _RemoteRun(Run):
         pairs, mapped = self.pairs(h, way)
         weights, bias = (layer.weights, layer.down_bias) if mapped else (None, None)
         peers.put_sums(
-            pairs, self.row_map, layer.ids, pool.peers, self.back.at, self.back.most, pool.rank,
-            layer.dtype, mapped, weights, bias,
+            pool.state, pairs, self.row_map, layer.ids, pool.peers, self.back.at, self.back.most,
+            pool.rank, layer.dtype, mapped, weights, bias,
         )  # fmt: skip
         return pairs
 
@@ -206,7 +207,7 @@ def _nothing(tokens: Tensor, ids: Tensor, weights: Tensor | None) -> tuple[Tenso
 def _push(step: Step, tokens: Tensor, ids: Tensor, weights: Tensor | None, local: int) -> None:
     pool, layout = step.pool, step.layout
     at = step.at, layout.here, layout.factors
-    peers.push(tokens, ids, weights, pool.peers, at, step.most, pool.rank, local)
+    peers.push(pool.state, tokens, ids, weights, pool.peers, at, step.most, pool.rank, local)
     _meet(step)
 
 

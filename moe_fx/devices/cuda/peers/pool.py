@@ -9,8 +9,9 @@ numbers of tokens (`board`). Not under capture of a CUDA graph. Such a graph kee
 that it has seen, so memory that was there at a capture is kept for good.
 
 Where a rank does not come, the device notes who is missing (`kernels.peers.meet`) and goes on
-without waiting. A thread looks at these notes and raises `RankMissing` in the thread that runs the
-model; from then on the pool refuses.
+without waiting; what it computes is NaN from then on, and it writes nothing to others. A thread
+looks at these notes and raises `RankMissing` in the thread that runs the model; from then on the
+pool refuses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_fx.compat import in_backward, resolve_group, symmetric_bytes
-from moe_fx.devices.cuda.kernels.peers import OTHER_STEP
+from moe_fx.devices.cuda.kernels.peers import GAVE_UP, OTHER_STEP
 from moe_fx.devices.cuda.peers.board import Board, board_of
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.ranks.device_watch import raise_in, take_back
@@ -216,6 +217,12 @@ class Pool:
                 f"{name} with other numbers of tokens than its own step was made for: results are "
                 "not valid. Every rank must capture the same steps in the same order, and replay "
                 f"the same one. {end}"
+            )
+        elif what == GAVE_UP:
+            self.error = RankMissing(
+                f"Rank {self.rank} came to {name} after {named(group, others)} of the "
+                "expert-parallel group had stopped waiting (exchange_timeout): this rank or "
+                f"another was late, or did not come. {end}"
             )
         else:
             self.error = RankMissing(
