@@ -1,78 +1,46 @@
-"""The dialect's ops that have kernels of their own on CUDA. Triton is imported with the first call.
-
-The router's op keeps its ATen kernel where ours does not take it.
-"""
+"""Ops of the dialect that have kernels of their own on CUDA. The first call imports Triton."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_fx.ops._define import bring
-from moe_fx.ops.routing import gating_top_k_in_aten
 
 __all__ = ["HAS_TRITON"]
 
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 """Whether this torch is for NVIDIA GPUs and Triton compiles for them (on Windows it may not be
 there)."""
+_KERNELS = {
+    "fused_experts": ("experts", "forward"),
+    "fused_experts_training": ("experts", "forward_training"),
+    "fused_experts_backward": ("backward", "backward"),
+    "gating_top_k": ("kernels.gate", "gate"),
+    "gating_top_k_training": ("kernels.gate", "gate"),
+    "direct_dispatch": ("peers.ops", "dispatch"),
+    "direct_combine": ("peers.ops", "combine"),
+    "direct_experts": ("peers.ops", "experts"),
+}
+"""By op: the module of this package and the function in it."""
 
 
-def _forward(*args: Any) -> Tensor:
-    from moe_fx.devices.cuda.experts import forward
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    """The function, of a module that its first call imports."""
 
-    return forward(*args)
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(module, __package__), name)
+        return function
 
-
-def _forward_training(*args: Any) -> tuple[Tensor, ...]:
-    from moe_fx.devices.cuda.experts import forward_training
-
-    return forward_training(*args)
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    from moe_fx.devices.cuda.backward import backward
-
-    return backward(*args)
-
-
-def _gate(logits: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
-    from moe_fx.devices.cuda.kernels.gate import gate, misfit
-    from moe_fx.devices.cuda.launch import on
-
-    if misfit(logits.shape[1], k, num_groups=args[2]):
-        return gating_top_k_in_aten(logits, k, *args)
-    with on(logits):
-        return gate(logits, k, *args)
-
-
-def _dispatch(*args: Any, **waiting: Any) -> tuple[Tensor, ...]:
-    from moe_fx.devices.cuda.peers.ops import dispatch
-
-    return dispatch(*args, **waiting)
-
-
-def _combine(*args: Any, **waiting: Any) -> tuple[Tensor, ...]:
-    from moe_fx.devices.cuda.peers.ops import combine
-
-    return combine(*args, **waiting)
-
-
-def _direct_experts(*args: Any, **waiting: Any) -> Tensor:
-    from moe_fx.devices.cuda.peers.ops import experts
-
-    return experts(*args, **waiting)
+    return lambda *args, **waiting: found()(*args, **waiting)
 
 
 if HAS_TRITON:
-    bring("fused_experts", "CUDA", _forward)
-    bring("fused_experts_training", "CUDA", _forward_training)
-    bring("fused_experts_backward", "CUDA", _backward)
-    bring("gating_top_k", "CUDA", _gate)
-    bring("gating_top_k_training", "CUDA", _gate)
-    bring("direct_dispatch", "CUDA", _dispatch)
-    bring("direct_combine", "CUDA", _combine)
-    bring("direct_experts", "CUDA", _direct_experts)
+    for _op, (_module, _name) in _KERNELS.items():
+        bring(_op, "CUDA", _imported(f".{_module}", _name))

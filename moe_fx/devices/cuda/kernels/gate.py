@@ -6,12 +6,15 @@ logits hold NaN gets weights that are NaN, and ids that are experts'.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_fx.devices.cuda.launch import empty, key_of, known, launch, recorded
+from moe_fx.devices.cuda.launch import empty, key_of, known, launch, on, recorded
+from moe_fx.ops.routing import gating_top_k_in_aten
 
 __all__ = ["gate", "misfit"]
 
@@ -124,23 +127,21 @@ def gate(
     eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``moe_fx::gating_top_k``."""
+    """``moe_fx::gating_top_k``, by the op's ATen kernel where the router is a `misfit`."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    if not logits.shape[0]:
-        weights = torch.empty((0, k), dtype=torch.float32, device=logits.device)
-        return weights, torch.empty((0, k), dtype=torch.int64, device=logits.device)
     router = (k, score, num_groups, topk_group, group_score, eps, scale)
     inputs = (logits, select_bias)
     key = ("gate", key_of(inputs), router)
-    kind = known(key)
-    if kind is not None:
-        weights, ids = kind.again(inputs)
-        return weights, ids
-
-    def run() -> tuple[Tensor, Tensor]:
-        return _launched(logits, select_bias, *router)
-
-    weights, ids = recorded(key, inputs, logits.device, run)
+    with on(logits):
+        kind = known(key)
+        if kind is not None:
+            weights, ids = kind.again(inputs)
+        elif not logits.shape[0] or misfit(logits.shape[1], k, num_groups=num_groups):
+            given = score, select_bias, num_groups, topk_group, group_score, eps, scale
+            weights, ids = gating_top_k_in_aten(logits, k, *given)
+        else:
+            run = functools.partial(_launched, logits, select_bias, *router)
+            weights, ids = recorded(key, inputs, logits.device, run)
     return weights, ids
 
 
