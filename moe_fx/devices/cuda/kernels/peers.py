@@ -128,8 +128,8 @@ def _push(
     tl.store(_at(base, here_at, tl.int32) + place * K + k, own, mask=kept)
     if WEIGHTED:
         weight = tl.load(weights + pair, mask=real, other=0.0)
-        to = _at(base, factors_at, weights.dtype.element_ty)
-        tl.store(to + place * K + k, weight, mask=kept)
+        its = _at(base, factors_at, weights.dtype.element_ty)
+        tl.store(its + place * K + k, weight, mask=kept)
     if tl.max(own, 0) >= 0:
         to = _at(base, 0, tokens.dtype.element_ty) + place * H
         read = tokens + token.to(tl.int64) * st
@@ -174,8 +174,8 @@ def _put_back(
     own = tl.load(here + place * K + k, mask=kept, other=-1)
     if WEIGHTED:
         factor = tl.load(factors + place * K + k, mask=kept)
-        to = _at(base, factors_at, factors.dtype.element_ty)
-        tl.store(to + to_place * K + k, factor, mask=kept)
+        its = _at(base, factors_at, factors.dtype.element_ty)
+        tl.store(its + to_place * K + k, factor, mask=kept)
     if tl.max(own, 0) >= 0:
         to = _at(base, 0, rows.dtype.element_ty) + to_place * H
         for h in range(0, H, B):
