@@ -1,5 +1,5 @@
-"""Every kernel compiles for Ampere and for Hopper, in the dtypes that models mix: Triton needs no GPU
-for that, and its interpreter, which runs the kernels elsewhere, takes programs that it refuses."""
+"""Every kernel compiles for Ampere and for Hopper, in the dtypes that models mix. Triton needs no
+GPU for that; its interpreter, which runs the kernels elsewhere, takes programs that it refuses."""
 
 from __future__ import annotations
 
