@@ -21,7 +21,7 @@ from moe_fx.errors import ConfigurationError
 from moe_fx.weights.expert_parameters import slots
 from moe_fx.weights.replicas import replicas
 
-__all__ = ["leave_nothing", "leave_to_shards", "shards_for_data_parallel"]
+__all__ = ["leave_nothing", "leave_to_shards", "saves_shards", "shards_for_data_parallel"]
 
 _WRAPPERS = ("", "_orig_mod.", "base_model.model.")
 """What a wrapper between DDP and the model (``torch.compile``, PEFT) puts before the names."""
@@ -63,6 +63,14 @@ def leave_nothing(model: nn.Module) -> None:
         setattr(model, _IGNORED, list(present.others))
 
 
+def saves_shards(model: nn.Module) -> None:
+    """Who trains ``model`` with accelerate saves shards as what they are."""
+    for module in model.modules():  # a wrapper (PEFT) may be around it
+        left = getattr(module, _IGNORED, None)
+        if isinstance(left, _LeftToShards):
+            left.saved_right = True
+
+
 class _LeftToShards:
     """The names that DDP is to ignore. That it asks for them is how it says that it averages the
     other gradients."""
@@ -70,9 +78,11 @@ class _LeftToShards:
     def __init__(self, model: nn.Module, others: Iterable[str]) -> None:
         self.model = model
         self.others = others
+        self.saved_right = False
 
     def __iter__(self) -> Iterator[str]:
-        _refuse_accelerate()
+        if not self.saved_right:
+            _refuse_accelerate()
         shards_for_data_parallel(self.model)
         names = [slot.full_name for slot in slots(self.model) if slot.unshard is not None]
         return iter([*self.others, *(prefix + name for prefix in _WRAPPERS for name in names)])
@@ -84,8 +94,9 @@ def _refuse_accelerate() -> None:
         raise ConfigurationError(
             "accelerate, which transformers' Trainer trains with, wraps a model whose experts "
             "moe_fx.shard_experts has sharded in DDP, and would save rank 0's weights and "
-            "optimizer state as the whole. Train it in a loop of your own, with DDP or fully_shard "
-            "(docs/sharding.md), or let transformers shard the experts: from_pretrained(..., "
+            "optimizer state as the whole. Use moe_fx.integrations.trainer.ExpertParallelTrainer, "
+            "or a loop of your own with DDP or fully_shard (docs/sharding.md), or let transformers "
+            "shard the experts: from_pretrained(..., "
             'distributed_config=DistributedConfig(ep_implementation="moe_fx", ...)).'
         )
 
