@@ -3,13 +3,15 @@
 A recording (`launch`) is a list of launches and of calls of torch's kernels, with the tensors that
 they got. `kind_of` says for each of those where a later call finds its own: at so many bytes of an
 input, of a buffer or of what a call returned. Small buffers are one allocation; the others, and
-results of calls, are allocated when they are first used and freed when they were last.
+results of calls, are allocated when they are first used and freed when they were last. All of it is
+then one function (`replay`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_fx.compat import Empty, autocast_off, empty_on
+from moe_fx.compat import autocast_off, empty_on
+from moe_fx.devices.cuda.replay import Code, Function
 
 __all__ = ["Called", "FromElsewhere", "Kind", "Launched", "Recording", "kind_of"]
 
@@ -58,16 +61,6 @@ class Recording:
     stays: bool = True
 
 
-@dataclass
-class _Now:
-    """A call that is made again. tensors, begins: by slot, what stands there and its address."""
-
-    stream: int
-    empty: Empty
-    tensors: list[Tensor | None]
-    begins: list[int]
-
-
 @dataclass(frozen=True)
 class _View:
     """What begins ``offset`` bytes into a slot's tensor. shape, strides: of it; None: it is the
@@ -79,11 +72,12 @@ class _View:
     shape: tuple[int, ...] | None
     strides: tuple[int, ...]
 
-    def of(self, now: _Now) -> Tensor:
-        tensor = now.tensors[self.slot]
-        assert tensor is not None
-        if self.shape is None:
-            return tensor
+    def written(self, code: Code) -> str:
+        tensor = f"t{self.slot}"
+        return tensor if self.shape is None else f"{code.constant(self._of)}({tensor})"
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        assert self.shape is not None
         if tensor.dtype != self.dtype:
             tensor = tensor.view(self.dtype)
         skip = tensor.storage_offset() + self.offset // self.dtype.itemsize
@@ -115,8 +109,10 @@ class _Described:
     block: list[int]
     made: dict[int, TensorDescriptor] = field(default_factory=dict)
 
-    def of(self, now: _Now) -> TensorDescriptor:
-        address = now.begins[self.slot] + self.offset
+    def written(self, code: Code) -> str:
+        return f"{code.constant(self._at)}({code.address(self.slot, self.offset)})"
+
+    def _at(self, address: int) -> TensorDescriptor:
         made = self.made.get(address)
         if made is None:
             if len(self.made) >= _MOST_ADDRESSES:
@@ -130,40 +126,28 @@ class _Described:
 
 @dataclass(frozen=True)
 class _Launch:
-    """run, head: Triton's launcher, and what it takes before the kernel's arguments but for the
-    stream. arguments: those, with None where ``addresses`` (place, slot, offset) and ``described``
-    come in."""
+    """By Triton's launcher, which takes addresses for tensors."""
 
-    run: Callable[..., None]
-    grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
+    compiled: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
-    addresses: tuple[tuple[int, int, int], ...]
-    described: tuple[tuple[int, _Described], ...]
 
-    @classmethod
-    def of(cls, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> _Launch:
-        views = [(at, a) for at, a in enumerate(arguments) if isinstance(a, _View)]
-        return cls(
-            compiled.run,
-            (*grid, 1, 1)[:3],  # type: ignore[arg-type]
-            compiled.function,
-            compiled.packed_metadata,
-            tuple(None if isinstance(a, _View | _Described) else a for a in arguments),
-            tuple((at, view.slot, view.offset) for at, view in views),
-            tuple((at, a) for at, a in enumerate(arguments) if isinstance(a, _Described)),
+    def write(self, code: Code) -> None:
+        given = []
+        for each in self.arguments:
+            if isinstance(each, _View):
+                given.append(code.address(each.slot, each.offset))
+            elif isinstance(each, _Described):
+                given.append(each.written(code))
+            else:
+                given.append(code.constant(each))
+        run, function, metadata = (
+            code.constant(each)
+            for each in (self.compiled.run, self.compiled.function, self.compiled.packed_metadata)
         )
-
-    def again(self, now: _Now) -> None:
-        arguments = list(self.arguments)
-        begins = now.begins
-        for at, slot, offset in self.addresses:
-            arguments[at] = begins[slot] + offset
-        for at, described in self.described:
-            arguments[at] = described.of(now)
-        head = (*self.grid, now.stream, self.function, self.metadata, None, None, None)
-        self.run(*head, *arguments)
+        x, y, z = (*self.grid, 1, 1)[:3]
+        head = f"{x}, {y}, {z}, stream, {function}, {metadata}, None, None, None"
+        code.line(f"{run}({', '.join([head, *given])})")
 
 
 @dataclass(frozen=True)
@@ -175,12 +159,17 @@ class _Call:
     named: dict[str, Any]
     slot: int | None
 
-    def again(self, now: _Now) -> None:
-        arguments = [a.of(now) if isinstance(a, _View) else a for a in self.arguments]
-        result = self.function(*arguments, **self.named)
-        if self.slot is not None:
-            now.tensors[self.slot] = result
-            now.begins[self.slot] = result.data_ptr()
+    def write(self, code: Code) -> None:
+        given = [
+            each.written(code) if isinstance(each, _View) else code.constant(each)
+            for each in self.arguments
+        ]
+        given += [f"{name}={code.constant(each)}" for name, each in self.named.items()]
+        made = f"{code.constant(self.function)}({', '.join(given)})"
+        if self.slot is None:
+            code.line(made)
+        else:
+            code.becomes(self.slot, made)
 
 
 @dataclass(frozen=True)
@@ -190,51 +179,39 @@ class _Allocate:
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def again(self, now: _Now) -> None:
-        made = now.empty(self.shape, self.strides, self.dtype)
-        now.tensors[self.slot] = made
-        now.begins[self.slot] = made.data_ptr()
+    def write(self, code: Code) -> None:
+        given = map(code.constant, (self.shape, self.strides, self.dtype))
+        code.becomes(self.slot, f"empty({', '.join(given)})")
 
 
 @dataclass(frozen=True)
 class _Free:
     slot: int
 
-    def again(self, now: _Now) -> None:
-        now.tensors[self.slot] = None
+    def write(self, code: Code) -> None:
+        code.line(f"t{self.slot} = None")
 
 
 _Step = _Launch | _Call | _Allocate | _Free
+_NoResult = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What calls of one kind do, within ``context``. made: slots behind those of the inputs;
-    results: where they are found at the end, or the shape and dtype of one that holds nothing."""
+    """What calls of one kind do, within ``context``. run: the steps, written out."""
 
     steps: tuple[_Step, ...]
-    made: int
-    results: tuple[_View | tuple[tuple[int, ...], torch.dtype], ...]
+    run: Function
     device: torch.device
-    context: Callable[[], AbstractContextManager[object]]
+    context: Callable[[], AbstractContextManager[object]] | None
 
     def again(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The results for ``inputs``. The current device must be theirs."""
-        now = _Now(
-            driver.active.get_current_stream(self.device.index),
-            empty_on(self.device),
-            [*inputs, *[None] * self.made],
-            [0 if each is None else each.data_ptr() for each in inputs] + [0] * self.made,
-        )
+        stream = driver.active.get_current_stream(self.device.index)
+        if self.context is None:
+            return self.run(inputs, empty_on(self.device), stream)
         with self.context():
-            for step in self.steps:
-                step.again(now)
-        return tuple(
-            each.of(now)
-            if isinstance(each, _View)
-            else torch.empty(each[0], dtype=each[1], device=self.device)
-            for each in self.results
-        )
+            return self.run(inputs, empty_on(self.device), stream)
 
 
 def kind_of(
@@ -271,7 +248,7 @@ class _Recorder:
         for step in self.recording.steps:
             if isinstance(step, Launched):
                 arguments = [self._argument(each) for each in step.args]
-                self.steps.append(_Launch.of(step.compiled, step.grid, arguments))
+                self.steps.append(_Launch(step.compiled, step.grid, tuple(arguments)))
             else:
                 self._add_call(step)
         results = tuple(
@@ -281,8 +258,8 @@ class _Recorder:
         kept = {each.slot for each in results if isinstance(each, _View)}
         steps = _freed(self.steps, range(len(self.inputs), len(self.slots)), kept)
         calls = any(isinstance(step, _Call) for step in steps)
-        made = len(self.slots) - len(self.inputs)
-        return Kind(tuple(steps), made, results, device, autocast_off if calls else nullcontext)
+        run = _written(self.inputs, steps, results, device)
+        return Kind(tuple(steps), run, device, autocast_off if calls else None)
 
     def _new_slot(self, tensor: Tensor) -> int:
         self.slots.append(tensor)
@@ -347,11 +324,30 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+def _written(
+    inputs: Sequence[Tensor | None],
+    steps: Sequence[_Step],
+    results: Sequence[_View | _NoResult],
+    device: torch.device,
+) -> Function:
+    """results: where they are found at the end, or shape and dtype of one that holds nothing."""
+    code = Code(inputs)
+    for step in steps:
+        step.write(code)
+    found = []
+    for each in results:
+        if isinstance(each, _View):
+            found.append(each.written(code))
+        else:
+            empty = functools.partial(torch.empty, each[0], dtype=each[1], device=device)
+            found.append(f"{code.constant(empty)}()")
+    return code.function(found)
+
+
 def _used(step: _Step) -> set[int]:
     """Slots that a step reads or writes."""
     if isinstance(step, _Launch):
-        slots = {slot for _, slot, _ in step.addresses}
-        return slots | {each.slot for _, each in step.described}
+        return {each.slot for each in step.arguments if isinstance(each, _View | _Described)}
     if isinstance(step, _Call):
         return {each.slot for each in step.arguments if isinstance(each, _View)} | (
             set() if step.slot is None else {step.slot}
