@@ -86,7 +86,9 @@ class ExchangePlan:
         (Ascend's: one op sends, one fetches and sums);
         "gather_weights" (the weights travel, as captured).
     group_name, world_size, rank: the expert-parallel group.
-    num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on.
+    num_experts, local_experts: rank ``r`` computes experts from ``r * local_experts`` on. Where
+        the ranks do not divide the experts, the last ranks have fewer or none; what exchanges has
+        `places` for all alike, and no token goes to those that are left over.
     expert_slices, token_slices: the exchange is cut into chunks, by local experts and by tokens, so
         that it overlaps the experts' compute (`moe_fx.ops.chunks`).
     row_slices: instead, into so many chunks of as many rows each, whatever the routing, the first
@@ -117,6 +119,11 @@ class ExchangePlan:
     buffer_bytes: int = 0
 
     @property
+    def places(self) -> int:
+        """Numbers of experts, as ops that exchange know them."""
+        return self.local_experts * self.world_size if self.exchanges else self.num_experts
+
+    @property
     def exchanges(self) -> bool:
         """Whether tokens travel."""
         return self.strategy not in ("local", "gather_weights")
@@ -144,7 +151,8 @@ class ExchangePlan:
         """For people: what is done, and what it is expected to take."""
         if self.strategy == "local":
             return self.strategy if self.fused is None else f"{self.strategy}, fused"
-        text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts"
+        most = " at most" * (self.exchanges and self.places > self.num_experts)
+        text = f"{self.strategy}, {self.world_size} ranks of {self.local_experts} experts{most}"
         text += ", fused" * (self.fused is not None)
         if self.capacity_factor is not None:
             text += f", capacity factor {self.capacity_factor:g}" + ", drops" * self.drop

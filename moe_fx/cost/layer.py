@@ -76,15 +76,13 @@ class Layer:
     sums_gradients: bool = False
 
     def __post_init__(self) -> None:
-        if self.world_size < 2 or self.num_experts % self.world_size:
-            raise ValueError(
-                f"{self.num_experts} experts over {self.world_size} ranks: nothing is exchanged "
-                "by one rank, and every rank must own the same number of experts"
-            )
+        if self.world_size < 2:
+            raise ValueError(f"{self.world_size} rank(s): nothing is exchanged by one")
 
     @property
     def local_experts(self) -> int:
-        return self.num_experts // self.world_size
+        """Of a rank; the last ranks may have fewer."""
+        return -(-self.num_experts // self.world_size)
 
     @property
     def rows(self) -> int:

@@ -3,8 +3,7 @@
 Contract. In: recognised regions. Out: one `ExchangePlan` per region, for a group that does not
 exist: the rewritten graph can be read, verified and simulated, not run.
 
-Rejects (declined): experts that do not divide by the ranks; weights gathered from another number of
-ranks.
+Rejects (declined): weights gathered from another number of ranks.
 """
 
 from __future__ import annotations
@@ -51,13 +50,11 @@ class PlanForRanks(Pass):
 
     def plan(self, region: Region, context: Context) -> ExchangePlan:
         num_experts, world = region.num_experts, self.world_size
-        if num_experts % world:
-            raise Misfit(f"{num_experts} experts do not divide by {world} ranks")
         others = {gather.world_size for gather in region.parts.gathers} - {world}
         if others:
             raise Misfit(f"expert weights are gathered from {others.pop()} ranks, not {world}")
         if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
         strategy = fitting_strategies(region, context, world)[0]
-        choice = asked(strategy, num_experts // world, context)
+        choice = asked(strategy, -(-num_experts // world), context)
         return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

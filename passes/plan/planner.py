@@ -1,12 +1,13 @@
 """Plan: how each region's tokens reach their experts.
 
 Contract. In: recognised regions. Out: one `ExchangePlan` per region, the same on every rank but for
-the rank number. Raises `ConfigurationError` if the experts do not divide by the group.
+the rank number.
 
 Pseudo-code::
 
     group = the gather's group if the weights are gathered, else the option's
-    no group, or one rank -> "local";  otherwise experts in contiguous blocks, and
+    no group, or one rank -> "local";  otherwise experts in contiguous blocks of one size, but that
+        the last ranks may have fewer or none, and
         of the strategies asked for, those that fit the region;  "auto", on GPUs that write to each
         other's memory -> "direct" if it does
         overlap is a number -> the first of them in about so many chunks, on GPUs in so many at
@@ -16,8 +17,8 @@ Pseudo-code::
         chunks of an exact all-to-all are cut by rows; by expert on NPUs, and in training by a base
         compiler whose backward graph is out of reach
 
-Rejects (declined): weights gathered over another group than ``ep_group``; experts cut unevenly; a
-region that the strategy asked for does not fit.
+Rejects (declined): weights gathered over another group than ``ep_group``; a region that the
+strategy asked for does not fit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from moe_fx.compat import resolve_group
 from moe_fx.cost.decide import decide, link_of
 from moe_fx.cost.layer import PRICED, Choice, Layer, choose, timeline
 from moe_fx.cost.rates import measured
-from moe_fx.errors import ConfigurationError
 from moe_fx.options import ORDERS_LATER, Options
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.strategies.cost_layer import buffer_bytes, device_of, layer_of
@@ -88,13 +88,6 @@ def plan_exchange(
     if group is None or group.size() == 1:
         return ExchangePlan("local", experts, experts)
     world = group.size()
-    if experts % world:
-        fitting = [n for n in range(1, experts + 1) if experts % n == 0]
-        raise ConfigurationError(
-            f"The MoE layer at {region.source} has {experts} experts, which do not divide by the "
-            f"{world} ranks of the expert-parallel group. Each rank must own the same number of "
-            f"experts: use a group of {', '.join(map(str, fitting))} ranks for this model."
-        )
     strategies = _for_peers(region, group, context, fitting_strategies(region, context, world))
     predicted, chunks = None, _asked_chunks(context.options)
     priced = context.measures and PRICED.issuperset(strategies)
@@ -104,7 +97,7 @@ def plan_exchange(
         choice, predicted = _cheapest(region, group, context, strategies[:1], chunks)
         _say_fewer(region, context, chunks, choice, predicted)
     else:
-        choice = asked(strategies[0], experts // world, context)
+        choice = asked(strategies[0], -(-experts // world), context)
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
@@ -173,7 +166,7 @@ def planned(
     return ExchangePlan(
         choice.strategy,
         experts,
-        experts if choice.strategy == "gather_weights" else experts // place[1],
+        experts if choice.strategy == "gather_weights" else -(-experts // place[1]),
         *place,
         choice.expert_slices,
         choice.token_slices,

@@ -48,12 +48,12 @@ def alltoall(emitter: Emitter) -> Node:
         keys = call(
             ops.chunk_keys.default,
             emitter.parts.ids,
-            plan.num_experts,
+            plan.places,
             plan.world_size,
             plan.expert_slices,
             plan.token_slices,
         )
-    counts = call(ops.expert_counts.default, keys, plan.num_experts * plan.token_slices)
+    counts = call(ops.expert_counts.default, keys, plan.places * plan.token_slices)
     by_chunk = {"chunks": chunks} if chunks > 1 else {}
     recv_counts = call(ops.exchange_counts.default, counts, plan.group_name, **by_chunk)
     sizes = call(ops.split_sizes.default, counts, recv_counts, **by_chunk)
@@ -71,7 +71,7 @@ def alltoall(emitter: Emitter) -> Node:
 
 def _cut_by_rows(emitter: Emitter) -> Node:
     call, plan, ids = emitter.call, emitter.plan, emitter.parts.ids
-    counts = call(ops.expert_counts.default, ids, plan.num_experts)
+    counts = call(ops.expert_counts.default, ids, plan.places)
     copies = call(aten.repeat.default, counts, [plan.world_size])
     counts = call(ops.exchange_counts.default, copies, plan.group_name)
     cut = call(ops.cut_rows.default, counts, plan.rank, plan.row_slices, plan.least_rows)

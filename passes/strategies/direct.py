@@ -35,7 +35,7 @@ def direct(emitter: Emitter) -> Node:
     parts, plan, call, item = emitter.parts, emitter.plan, emitter.call, emitter.item
     weighs = parts.weights is not None and not parts.weighs_tokens
     weights = weights_of_sum(emitter) if weighs else None
-    place = plan.num_experts, plan.group_name
+    place = plan.places, plan.group_name
     if plan.fused is not None and not plan.fused.trains:
         arguments = fused_arguments(emitter, parts.tokens, parts.ids, weights)
         return call(ops.direct_experts.default, *arguments, *place)

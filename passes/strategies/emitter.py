@@ -134,6 +134,7 @@ class Emitter:
         return trace(self.parts.tables, self.plan.num_experts)
 
     def _own(self, table: Node) -> Node:
+        """With rows for all of ``plan.local_experts``; what this rank has not is 0."""
         lineage, plan = self.lineage, self.plan
         if plan.strategy == "gather_weights":
             return table
@@ -145,7 +146,11 @@ class Emitter:
             own = [self.member(node, first + at) for at, node in enumerate(members)]
             if own == list(lineage.stacks[table]):
                 return table
-            return self.call(table.target, own)  # type: ignore[arg-type]
+            if own:
+                made = self.call(table.target, own)  # type: ignore[arg-type]
+            else:
+                made = self.call(aten.slice.Tensor, table, 0, 0, 0)
+            return self._filled(made, table)
         if table in lineage.steps:
             own_of = {source: self.owned(source) for source in lineage.steps[table]}
             if all(source is own for source, own in own_of.items()) and not plan.exchanges:
@@ -158,8 +163,20 @@ class Emitter:
         if not plan.exchanges:
             return table
         block = shape(table)[0] // plan.num_experts
-        ends = (first * block, (first + kept) * block)
-        return self.call(aten.slice.Tensor, table, 0, *ends)
+        begin, end = (min(at, plan.num_experts) * block for at in (first, first + kept))
+        return self._filled(self.call(aten.slice.Tensor, table, 0, begin, end), table)
+
+    def _filled(self, rows: Node, table: Node) -> Node:
+        """This rank's ``rows`` of ``table`` and, behind them, zeros for the experts that it has
+        less than others."""
+        plan = self.plan
+        here = min(plan.num_experts - plan.first_expert, plan.local_experts)
+        missing = plan.local_experts - max(0, here)
+        if not missing:
+            return rows
+        sizes = shape(table)
+        padding = [0] * (2 * len(sizes) - 1) + [missing * (sizes[0] // plan.num_experts)]
+        return self.call(aten.constant_pad_nd.default, rows, padding)
 
     def _member(self, node: Node, expert: int) -> Node:
         entry = entry_of(node, self.plan.num_experts)

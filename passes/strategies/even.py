@@ -45,7 +45,7 @@ def padded_alltoall(emitter: Emitter) -> Node:
     local, chunks = plan.local_experts, plan.token_slices
     keys: Node = parts.ids
     if chunks > 1:
-        keys = call(ops.chunk_keys.default, keys, plan.num_experts, plan.world_size, 1, chunks)
+        keys = call(ops.chunk_keys.default, keys, plan.places, plan.world_size, 1, chunks)
     permuted = call(
         ops.permute_padded.default,
         sent_tokens(emitter),

@@ -76,6 +76,8 @@ def _mc2_misfit(region: Region, context: Context, world_size: int) -> str:
     parts = region.parts
     if context.training:
         return "MC2 has no gradients"
+    if region.num_experts % world_size:
+        return f"{region.num_experts} experts do not divide by {world_size} ranks"
     if len(shape(parts.tokens)) != 2:
         return "the tokens have more than one dimension of features"
     if not parts.distinct:
