@@ -25,12 +25,11 @@ from torch import Tensor
 
 from moe_fx.bases.inductor import require_base
 from moe_fx.cli.tiny import require_transformers, tiny_model
-from moe_fx.errors import ConfigurationError, MoeFxError
+from moe_fx.errors import MoeFxError
 from moe_fx.ops.exchange import bytes_sent
 from moe_fx.options import parse_options
 from moe_fx.report import Report
 from moe_fx.testing import RankError, RankPool
-from moe_fx.weights.expert_parameters import likely_experts
 from moe_fx.weights.shard import expert_parameter_bytes
 
 DEFAULT_MODELS = ("qwen3_moe", "deepseek_v3")
@@ -111,7 +110,6 @@ def _run_model(
     logging.disable_progress_bar()
     progress(f"{name}: building and saving a small model with seeded weights")
     model = tiny_model(name)
-    _require_even(name, model, pool.world_size)
     model.save_pretrained(path)
     prompts = [_prompt(model.config.vocab_size, rank) for rank in range(pool.world_size)]
     progress(f"{name}: generating {new_tokens} tokens with the original, in this process")
@@ -141,17 +139,6 @@ def _run_model(
         ),
         seconds=time.perf_counter() - start,
     )
-
-
-def _require_even(name: str, model: torch.nn.Module, ranks: int) -> None:
-    """What every rank would refuse is said once, and before they start."""
-    for experts in (slot.tensor.shape[0] for slot in likely_experts(model)):
-        if experts % ranks:
-            fitting = [str(n) for n in range(1, experts + 1) if experts % n == 0]
-            raise ConfigurationError(
-                f"The small {name} of the demo has {experts} experts, which do not divide by "
-                f"{ranks} ranks. Give --ranks with one of {', '.join(fitting)}."
-            )
 
 
 def _rank_main(rank: int, path: str, prompts: list[Tensor], new_tokens: int, base: str) -> Outcome:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_fx.graph.gathers import gather_of
+from moe_fx.graph.gathers import chain, gather_of
 from moe_fx.graph.nodes import argument, same, shape, tensor_inputs, value
 from moe_fx.graph.per_expert import cut_inputs
 from moe_fx.graph.refusal import Refusal
@@ -51,8 +51,8 @@ class Lineage:
 
     def nodes(self) -> list[Node]:
         """The ops between the tables and what they come from, gathers included, in graph order."""
-        starts = [gather.full.all_input_nodes[0] for gather in self.gathers.values()]
-        found = {*self.steps, *self.stacks, *self.members, *self.pieces, *self.gathers, *starts}
+        links = [node for gather in self.gathers.values() for node in chain(gather)]
+        found = {*self.steps, *self.stacks, *self.members, *self.pieces, *links}
         return sorted(found)
 
 
@@ -123,7 +123,8 @@ class _Tracer:
                 continue
             gather = gather_of(node)
             if gather is not None:
-                if gather.world_size > 1 and found.experts % gather.world_size:
+                each = -(-found.experts // gather.world_size)
+                if gather.world_size > 1 and not same(shape(gather.shard)[0], each):
                     raise Refusal(f"{node} gathers parts of experts", node, PROGRESS)
                 found.gathers[node] = gather
                 continue

@@ -123,5 +123,5 @@ def _overwrite(old: Any, value: Tensor) -> None:
 def _parameter(value: Tensor, slot: Slot, group: dist.ProcessGroup) -> nn.Parameter:
     requires_grad = slot.tensor.requires_grad
     if slot.unshard is not None:
-        return as_shard(value, group, requires_grad=requires_grad)
+        return as_shard(value, slot.tensor.shape[0], group, requires_grad=requires_grad)
     return nn.Parameter(value, requires_grad=requires_grad)

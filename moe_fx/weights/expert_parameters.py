@@ -133,11 +133,4 @@ def _check(target: Slot, group: dist.ProcessGroup) -> None:
             f"{target.full_name} has the shape {list(table.shape)}, and there is nothing to share "
             "among ranks. Choose parameters of the shape [experts, ...] with params=."
         )
-    if experts % group.size():
-        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
-        raise ConfigurationError(
-            f"{target.full_name} has {experts} experts, which do not divide by the {group.size()} "
-            "ranks of the group, and each rank must keep the same number of them. Use a group of "
-            f"{', '.join(map(str, fitting))} ranks, or choose other parameters with params=."
-        )
     check_device(table.device, target.full_name, group)

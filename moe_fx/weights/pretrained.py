@@ -31,7 +31,7 @@ from moe_fx.weights import streaming
 from moe_fx.weights.data_parallel import leave_nothing, leave_to_shards
 from moe_fx.weights.expert_parameters import Slot, expert_parameters
 from moe_fx.weights.safetensors_file import open_safetensors
-from moe_fx.weights.shards import as_shard, block
+from moe_fx.weights.shards import as_shard, block, block_of
 from moe_fx.weights.unshard import install
 from moe_fx.weights.whole import full_state_dict, meet
 
@@ -126,12 +126,19 @@ def _place(targets: list[Slot], group: dist.ProcessGroup, load_config: Any) -> N
     sharded: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for target in targets:
         whole = target.tensor
+        ranks, experts = group.size(), whole.shape[0]
+        if not len(range(experts)[block_of(ranks - 1, experts, ranks)]):
+            raise ConfigurationError(
+                f"{target.full_name} has {experts} experts, of which the last of {ranks} ranks "
+                "would have none, and transformers' loader cannot read none. Load the model whole "
+                "and call moe_fx.shard_experts, or use fewer ranks."
+            )
         if id(whole) not in sharded:
             device = _device(load_config.device_map, target.full_name)
             check_device(device, target.full_name, group)
             rows = torch.empty_like(whole[block(whole.shape[0], group)], device="meta")
             sharded[id(whole)] = as_shard(
-                rows, group, requires_grad=whole.requires_grad, device=device.type
+                rows, whole.shape[0], group, requires_grad=whole.requires_grad, device=device.type
             )
         target.module._parameters[target.name] = sharded[id(whole)]
 

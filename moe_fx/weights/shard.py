@@ -49,8 +49,9 @@ def shard_experts(
     """Keep this rank's block of every expert parameter; return the same model, same meaning.
 
     Every rank of the group calls this, and from then on runs the model together with the others.
-    Rank r of W keeps the experts from ``r * E / W`` up to ``(r + 1) * E / W``: ``[E, ...]`` becomes
-    ``[E / W, ...]``, a copy, so that the whole tensor is freed. In the module's parameters and its
+    Rank r of W keeps the experts from ``r * n`` up to ``(r + 1) * n``, n being ``E / W`` rounded
+    up: the last ranks may have fewer, or none. ``[E, ...]`` becomes ``[n, ...]``, a copy, so that
+    the whole tensor is freed. In the module's parameters and its
     state dict it is a `DTensor`, under the name it had; to read the attribute gathers the whole.
     These are new `Parameter` objects (``requires_grad`` and ties stay): create the optimizer, wrap
     and compile afterwards. What other tools make of shards: docs/sharding.md.
@@ -67,8 +68,8 @@ def shard_experts(
 
     A model that is already sharded over this group comes back unchanged, but for ``checkpoint``.
     Raises `ConfigurationError`, before anything is changed, if there is no process group, this rank
-    is not in it, its backend cannot serve the model's device, no expert parameter is found, one
-    does not divide by the group or is not a plain tensor, or the checkpoint does not fit the model.
+    is not in it, its backend cannot serve the model's device, no expert parameter is found, one is
+    not a plain tensor, or the checkpoint does not fit the model.
     """
     group = require_group(group)
     targets = expert_parameters(model, group, params)
@@ -87,7 +88,9 @@ def _cut(targets: Sequence[Slot], group: dist.ProcessGroup) -> None:
         if id(param) not in shards:
             rows = param.data[block(param.shape[0], group)]
             rows = rows.clone(memory_format=torch.contiguous_format)
-            shards[id(param)] = as_shard(rows, group, requires_grad=param.requires_grad)
+            shards[id(param)] = as_shard(
+                rows, param.shape[0], group, requires_grad=param.requires_grad
+            )
             retire(param, shards[id(param)])
         target.module._parameters[target.name] = shards[id(param)]
     read_whole(targets, group)

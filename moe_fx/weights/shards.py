@@ -19,18 +19,29 @@ from moe_fx.errors import ConfigurationError
 
 def block(experts: int, group: dist.ProcessGroup) -> slice:
     """The rows of ``[experts, ...]`` that this rank keeps."""
-    here = experts // group.size()
-    return slice(group.rank() * here, (group.rank() + 1) * here)
+    return block_of(group.rank(), experts, group.size())
+
+
+def block_of(rank: int, experts: int, ranks: int) -> slice:
+    """Blocks of one size, as of a `Shard`: where ranks do not divide the experts, the last ranks
+    have fewer, or none."""
+    each = -(-experts // ranks)
+    return slice(min(rank * each, experts), min((rank + 1) * each, experts))
 
 
 def as_shard(
-    rows: Tensor, group: dist.ProcessGroup, *, requires_grad: bool, device: str | None = None
+    rows: Tensor,
+    experts: int,
+    group: dist.ProcessGroup,
+    *,
+    requires_grad: bool,
+    device: str | None = None,
 ) -> nn.Parameter:
-    """``rows`` of this rank as a parameter of the shape ``[W * rows, ...]``. device: of rows on
+    """``rows`` of this rank as a parameter of the shape ``[experts, ...]``. device: of rows on
     meta, the type of device that they are for. No communication."""
     kind = device or (_device_of(group) if rows.is_meta else rows.device.type)
     mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("ep",))
-    shape = torch.Size((rows.shape[0] * group.size(), *rows.shape[1:]))
+    shape = torch.Size((experts, *rows.shape[1:]))
     table = DTensor.from_local(
         rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=rows.stride()
     )

@@ -17,6 +17,7 @@ Until the index is there, a checkpoint that was in the target before is whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from moe_fx.compat import resolve_group
 from moe_fx.weights.expert_parameters import Slot, slots
 from moe_fx.weights.safetensors_file import DTYPES, Writer, names_in
+from moe_fx.weights.shards import block_of
 
 __all__ = ["Unfit", "plan", "save"]
 
@@ -83,7 +85,9 @@ def _table(model: Any, slot: Slot, original: bool) -> _Table:
     shape, dtype = tuple(table.shape), table.dtype
     if dtype not in DTYPES:
         raise Unfit(f"{slot.full_name} is {dtype}")
-    experts, here = shape[0], table.to_local().shape[0]
+    assert slot.unshard is not None
+    experts = shape[0]
+    here = block_of(0, experts, slot.unshard.group_size).stop
     whole = _converted(model, slot, torch.empty(shape, dtype=dtype, device="meta"), original)
     part_shape = (here, *shape[1:])
     part = _converted(model, slot, torch.empty(part_shape, dtype=dtype, device="meta"), original)
@@ -210,16 +214,20 @@ def _blocks(tables: Sequence[_Table]) -> Iterator[_Block]:
         own = shard.detach().to_local().contiguous()
         if 0 not in ranks:  # they have copies
             continue
-        count = max(1, _PIECE // max(1, own[0].nbytes))
+        experts, *sizes = shard.shape
+        count = max(1, _PIECE // max(1, math.prod(sizes) * own.itemsize))
         for at, owner in enumerate(ranks):
-            for first, rows in enumerate(own.split(count)):
+            its = block_of(at, experts, len(ranks))
+            for first in range(its.start, its.stop, count):
+                here = min(count, its.stop - first)
+                rows = own[first - its.start :][:here] if owner == dist.get_rank() else None
                 if dist.get_rank() == 0:
-                    if owner != 0:
-                        rows = torch.empty_like(rows)
+                    if rows is None:
+                        rows = own.new_empty((here, *sizes))
                         dist.recv(rows, owner, group)
-                    yield table, at * len(own) + first * count, rows.cpu()
+                    yield table, first, rows.cpu()
                     del rows
-                elif dist.get_rank() == owner:
+                elif rows is not None:
                     dist.send(rows, 0, group)
 
 

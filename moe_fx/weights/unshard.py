@@ -28,7 +28,8 @@ _SHARDS = "_moe_fx_shards"  # of a module with shards: by name, how each is read
 
 
 class Unshard:
-    """``[E / W, ...] -> [E, ...]``: the shards of all ranks, in rank order."""
+    """``[n, ...] -> [E, ...]``: the shards of all ranks, in rank order; where the last ranks have
+    fewer experts, filled up on the way."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         # The group's name: a model that holds the group itself could not be deep-copied.
@@ -47,7 +48,12 @@ class Unshard:
                 f"A {type(shard).__name__} stands where a shard of experts, a DTensor, is due. "
                 "Give torch.func.functional_call shards, such as those of model.named_parameters()."
             )
-        return all_gather_rows(shard.to_local(), self.group_size, self.group_name)
+        rows, experts = shard.to_local(), shard.shape[0]
+        missing = -(-experts // self.group_size) - rows.shape[0]
+        if missing:
+            rows = torch.constant_pad_nd(rows, [0] * (2 * rows.dim() - 1) + [missing])
+        whole = all_gather_rows(rows, self.group_size, self.group_name)
+        return whole if whole.shape[0] == experts else whole[:experts]
 
 
 def shards_of(module: nn.Module) -> dict[str, Unshard]:

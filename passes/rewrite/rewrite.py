@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx.graph.gathers import erase_if_unread
+from moe_fx.graph.gathers import chain, erase_if_unread
 from moe_fx.graph.nodes import value
 from moe_fx.passes.base import Context, Pass, PassResult, StandIn
 from moe_fx.passes.strategies import strategy_of
@@ -49,9 +49,12 @@ class Rewrite(Pass):
                 erase_checks(module.graph, region.parts.captured)
         for stand_in in context.stand_ins:
             _settle(stand_in, module.graph, context.regions)
+        gathers = dict.fromkeys(g for region in context.regions for g in region.parts.gathers)
+        chains = [chain(gather) for gather in gathers]
         module.graph.eliminate_dead_code()
-        for gather in dict.fromkeys(g for region in context.regions for g in region.parts.gathers):
-            erase_if_unread(gather)
+        left = set(module.graph.nodes)
+        for nodes in chains:
+            erase_if_unread([node for node in nodes if node in left])
         module.graph.lint()
         module.recompile()
         return PassResult(module, changed=bool(context.regions))

@@ -26,6 +26,10 @@ from tests.e2e.ranks import expert_block
 def make():
     return expert_block(), (torch.randn(1, 6, 64),)
 
+def lowest():
+    from tests.testing.layers import LowestScores
+    return LowestScores(), (torch.randn(12, 32),)
+
 def dense():
     return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
 
@@ -131,9 +135,15 @@ def test_explain_fails_if_no_layer_was_found(factories: Path) -> None:
 
 
 def test_explain_fails_if_every_candidate_was_declined(factories: Path) -> None:
-    code, output = run("explain", f"{factories}:make", "--ranks", "3")
+    code, output = run("explain", f"{factories}:lowest")
     assert code == 1
-    assert "8 experts do not divide by 3 ranks" in output
+    assert "the selection takes the lowest scores" in output
+
+
+def test_explain_for_ranks_that_do_not_divide_the_experts(factories: Path) -> None:
+    code, output = run("explain", f"{factories}:make", "--ranks", "3")
+    assert code == 0, output
+    assert "3 ranks of 3 experts at most" in output
 
 
 def test_strict_fails_if_a_candidate_was_declined(factories: Path) -> None:
@@ -220,7 +230,6 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--ranks", "3"), "has 16 experts, which do not divide by 3 ranks. Give --ranks with one"),
         (("--base", "aot_eagre"), "no backend 'aot_eagre'. Did you mean aot_eager"),
         (("--base", "moe_fx"), "moe_fx would hand its graphs to itself"),
         (("--model", "[red]qwen"), "transformers has no model type '[red]qwen'"),
@@ -235,10 +244,10 @@ def test_demo_says_once_what_it_cannot_do(options: tuple[str, ...], said: str) -
 
 
 def test_what_all_ranks_refuse_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_require_even", lambda *_: None)
-    code, output = run("demo", "--ranks", "3", "--model", "qwen3_moe", "--tokens", "1")
+    monkeypatch.setattr(demo, "require_base", lambda _: None)
+    code, output = run("demo", "--base", "aot_eagre", "--model", "qwen3_moe", "--tokens", "1")
     assert code == 2
-    assert output.count("which do not divide by the 3 ranks") == 1
+    assert output.count("no backend 'aot_eagre'") == 1
     assert "Traceback" not in output
 
 

@@ -222,9 +222,13 @@ def test_chunks_by_rows_have_outer_ones_in_halves() -> None:
     assert halved.exposed == 2 * FAST.alone * 2
 
 
-def test_rejects_experts_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="same number of experts"):
-        replace(LAYER, world_size=3)
+def test_one_rank_has_no_cost_of_exchange() -> None:
+    with pytest.raises(ValueError, match="nothing is exchanged"):
+        replace(LAYER, world_size=1)
+
+
+def test_the_first_ranks_have_most_where_experts_do_not_divide() -> None:
+    assert replace(LAYER, num_experts=7, world_size=3).local_experts == 3
 
 
 def test_chooses_the_fastest_and_returns_all_predictions() -> None:

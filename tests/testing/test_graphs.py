@@ -68,7 +68,6 @@ def test_rewritten_for_one_rank_exchanges_nothing_and_runs() -> None:
     ("layer", "ranks", "said"),
     [
         (LowestScores(), 2, "declined: the selection takes the lowest scores"),
-        (Layer(), 3, "declined: 8 experts do not divide by 3 ranks"),
     ],
 )
 def test_nothing_rewritten_is_an_error_with_the_report(layer: Layer, ranks: int, said: str) -> None:

@@ -44,6 +44,16 @@ def test_experts_are_dealt_in_blocks(region: Region) -> None:
     assert list(context.report.pass_seconds) == ["plan"]
 
 
+@pytest.mark.parametrize(("rank", "first"), [(0, 0), (2, 6)])
+def test_the_last_ranks_have_fewer_where_experts_do_not_divide(
+    region: Region, rank: int, first: int
+) -> None:
+    (plan,) = planned(region, 3, rank).plans
+    assert (plan.num_experts, plan.local_experts, plan.places) == (8, 3, 9)
+    assert plan.first_expert == first
+    assert "3 ranks of 3 experts at most" in plan.summary
+
+
 def test_one_rank_exchanges_nothing(region: Region) -> None:
     context = planned(region, 1)
     assert [plan.exchanges for plan in context.plans] == [False]
@@ -58,7 +68,6 @@ def test_gathered_weights_stay_gathered(region: Region) -> None:
 @pytest.mark.parametrize(
     ("shards", "ranks", "reason"),
     [
-        (0, 3, "8 experts do not divide by 3 ranks"),
         (4, 2, "expert weights are gathered from 4 ranks, not 2"),
     ],
 )
