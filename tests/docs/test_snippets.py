@@ -51,7 +51,7 @@ COMMANDS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
 }
-SLOW = {"generate.py", "test_my_moe.py"}
+SLOW = {"generate.py", "test_my_moe.py", "with_trainer.py"}
 """Files that take longer than the others together. `.ci/run` runs them too."""
 NOT_RUN = {
     "pip install": "it changes the environment that the tests run in; .ci/run installs",
