@@ -109,6 +109,14 @@ def _piece(pieces: Any, at: int, experts: int) -> Entry | None:
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
+def _of_whole_experts(gather: Gather, experts: int) -> bool:
+    """Whether every rank's shard has whole experts' rows only. A shard that was filled up has a row
+    an expert."""
+    if gather.full.target is aten.slice.Tensor:
+        return same(shape(gather.full)[0], experts)
+    return experts % gather.world_size == 0
+
+
 class _Tracer:
     def __init__(self, found: Lineage) -> None:
         self.found = found
@@ -123,8 +131,7 @@ class _Tracer:
                 continue
             gather = gather_of(node)
             if gather is not None:
-                each = -(-found.experts // gather.world_size)
-                if gather.world_size > 1 and not same(shape(gather.shard)[0], each):
+                if gather.world_size > 1 and not _of_whole_experts(gather, found.experts):
                     raise Refusal(f"{node} gathers parts of experts", node, PROGRESS)
                 found.gathers[node] = gather
                 continue

@@ -26,10 +26,6 @@ from tests.e2e.ranks import expert_block
 def make():
     return expert_block(), (torch.randn(1, 6, 64),)
 
-def lowest():
-    from tests.testing.layers import LowestScores
-    return LowestScores(), (torch.randn(12, 32),)
-
 def dense():
     return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
 
@@ -51,6 +47,10 @@ def ill_fitting():
 
 def needing(path):
     return path
+
+def lowest():
+    from tests.testing.layers import LowestScores
+    return LowestScores(), (torch.randn(12, 32),)
 """
 
 
@@ -169,7 +169,7 @@ def test_strict_does_not_count_attention_to_selected_tokens() -> None:
         ("qwen3_moe", "Give hf:MODEL_TYPE"),
         (
             "{file}:mak",
-            "has no function 'mak'. Its functions: dense, expert_block, ill_fitting, make, needing",
+            "has no function 'mak'. Its functions: dense, expert_block, ill_fitting, lowest, make",
         ),
         ("{file}:only_a_model", "returned a Linear, expected (model, args)"),
         (

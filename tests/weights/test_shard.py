@@ -845,10 +845,6 @@ def refused(make: Callable[[], nn.Module], options: dict[str, Any]) -> str:
     return str(error.value)
 
 
-def seven_experts() -> nn.Module:
-    return Layer(LoopExperts(experts=7))
-
-
 def scalar() -> nn.Module:
     model = Layer()
     model.mlp.scalar = nn.Parameter(torch.tensor(1.0))
@@ -862,7 +858,6 @@ def dense() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "options", "says"),
     [
-        (seven_experts, {}, ["mlp.weight has 7 experts", "2 ranks", "Use a group of 1, 7 ranks"]),
         (dense, {}, ["no expert parameters in Sequential", "params="]),
         (Layer, {"params": ["*.w1"]}, ["'*.w1'", "mlp.bias"]),
         (scalar, {"params": ["mlp.*"]}, ["mlp.scalar has the shape []"]),
