@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_fx.blocks import block_of
+
 PADDED = ("allgather", "padded_alltoall")
 """Strategies with buffers of fixed size, which may be given a capacity."""
 EVEN = (*PADDED, "mc2")
@@ -172,6 +174,13 @@ class ExchangePlan:
     @property
     def experts_per_slice(self) -> int:
         return self.local_experts // self.expert_slices
+
+    @property
+    def experts(self) -> range:
+        """Those that this rank computes."""
+        if not self.exchanges:
+            return range(self.num_experts)
+        return block_of(self.rank, self.num_experts, self.world_size)
 
     @property
     def first_expert(self) -> int:

@@ -43,6 +43,7 @@ LONG = {
     "e2e/test_trainer.py",
     "e2e/test_uneven_experts.py",
     "one_gpu/test_one_gpu.py",
+    "passes/strategies/test_fewer_experts.py",
     "passes/test_post_grad.py",
 }
 """Files that take a minute and more each: half of the time of all."""

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_fx.blocks import most_experts
 from moe_fx.cost.link import Link
 from moe_fx.cost.pipeline import Pipeline, Prediction, simulate
 from moe_fx.cost.rates import Compute
@@ -82,7 +83,7 @@ class Layer:
     @property
     def local_experts(self) -> int:
         """Of a rank; the last ranks may have fewer."""
-        return -(-self.num_experts // self.world_size)
+        return most_experts(self.num_experts, self.world_size)
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_fx.blocks import most_experts
 from moe_fx.graph.nodes import argument, same, shape
 from moe_fx.region import Gather
 
@@ -46,7 +47,7 @@ def _fills_up(kept: Node, waited: Node, world_size: Any) -> bool:
     experts, rows = shape(kept)[0], shape(waited)[0]
     if begin not in (0, None) or step != 1 or not isinstance(experts, int):
         return False
-    return same(rows, world_size * -(-experts // world_size))
+    return same(rows, world_size * most_experts(experts, world_size))
 
 
 def chain(gather: Gather) -> list[Node]:

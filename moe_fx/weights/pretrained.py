@@ -25,13 +25,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from moe_fx.blocks import block_of
 from moe_fx.errors import ConfigurationError
 from moe_fx.ranks.groups import check_device, require_group
 from moe_fx.weights import streaming
 from moe_fx.weights.data_parallel import leave_nothing, leave_to_shards
 from moe_fx.weights.expert_parameters import Slot, expert_parameters
 from moe_fx.weights.safetensors_file import open_safetensors
-from moe_fx.weights.shards import as_shard, block, block_of
+from moe_fx.weights.shards import as_shard, block
 from moe_fx.weights.unshard import install
 from moe_fx.weights.whole import full_state_dict, meet
 
@@ -127,7 +128,7 @@ def _place(targets: list[Slot], group: dist.ProcessGroup, load_config: Any) -> N
     for target in targets:
         whole = target.tensor
         ranks, experts = group.size(), whole.shape[0]
-        if not len(range(experts)[block_of(ranks - 1, experts, ranks)]):
+        if not block_of(ranks - 1, experts, ranks):
             raise ConfigurationError(
                 f"{target.full_name} has {experts} experts, of which the last of {ranks} ranks "
                 "would have none, and transformers' loader cannot read none. Load the model whole "

@@ -14,19 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_fx.blocks import block_of
 from moe_fx.errors import ConfigurationError
 
 
 def block(experts: int, group: dist.ProcessGroup) -> slice:
     """The rows of ``[experts, ...]`` that this rank keeps."""
-    return block_of(group.rank(), experts, group.size())
-
-
-def block_of(rank: int, experts: int, ranks: int) -> slice:
-    """Blocks of one size, as of a `Shard`: where ranks do not divide the experts, the last ranks
-    have fewer, or none."""
-    each = -(-experts // ranks)
-    return slice(min(rank * each, experts), min((rank + 1) * each, experts))
+    own = block_of(group.rank(), experts, group.size())
+    return slice(own.start, own.stop)
 
 
 def as_shard(

@@ -33,10 +33,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moe_fx.blocks import block_of, most_experts
 from moe_fx.compat import resolve_group
 from moe_fx.weights.expert_parameters import Slot, slots
 from moe_fx.weights.safetensors_file import DTYPES, Writer, names_in
-from moe_fx.weights.shards import block_of
 
 __all__ = ["Unfit", "plan", "save"]
 
@@ -87,7 +87,7 @@ def _table(model: Any, slot: Slot, original: bool) -> _Table:
         raise Unfit(f"{slot.full_name} is {dtype}")
     assert slot.unshard is not None
     experts = shape[0]
-    here = block_of(0, experts, slot.unshard.group_size).stop
+    here = most_experts(experts, slot.unshard.group_size)
     whole = _converted(model, slot, torch.empty(shape, dtype=dtype, device="meta"), original)
     part_shape = (here, *shape[1:])
     part = _converted(model, slot, torch.empty(part_shape, dtype=dtype, device="meta"), original)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from moe_fx.blocks import most_experts
 from moe_fx.compat import all_gather_rows, traces_a_body
 from moe_fx.errors import ConfigurationError
 from moe_fx.weights.shards import load_whole
@@ -49,7 +50,7 @@ class Unshard:
                 "Give torch.func.functional_call shards, such as those of model.named_parameters()."
             )
         rows, experts = shard.to_local(), shard.shape[0]
-        missing = -(-experts // self.group_size) - rows.shape[0]
+        missing = most_experts(experts, self.group_size) - rows.shape[0]
         if missing:
             rows = torch.constant_pad_nd(rows, [0] * (2 * rows.dim() - 1) + [missing])
         whole = all_gather_rows(rows, self.group_size, self.group_name)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
+from moe_fx.blocks import most_experts
 from moe_fx.passes.base import Context, Pass, PassResult
 from moe_fx.passes.plan.planner import asked, planned
 from moe_fx.passes.strategies.fitting import Misfit, fitting_strategies
@@ -56,5 +57,5 @@ class PlanForRanks(Pass):
         if world == 1:
             return ExchangePlan("local", num_experts, num_experts)
         strategy = fitting_strategies(region, context, world)[0]
-        choice = asked(strategy, -(-num_experts // world), context)
+        choice = asked(strategy, most_experts(num_experts, world), context)
         return planned(region, choice, context.options, (GROUP_NAME, world, self.rank))

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.fx import GraphModule
 
+from moe_fx.blocks import most_experts
 from moe_fx.compat import resolve_group
 from moe_fx.cost.decide import decide, link_of
 from moe_fx.cost.layer import PRICED, Choice, Layer, choose, timeline
@@ -97,7 +98,7 @@ def plan_exchange(
         choice, predicted = _cheapest(region, group, context, strategies[:1], chunks)
         _say_fewer(region, context, chunks, choice, predicted)
     else:
-        choice = asked(strategies[0], -(-experts // world), context)
+        choice = asked(strategies[0], most_experts(experts, world), context)
     return planned(
         region, choice, context.options, (group.group_name, world, group.rank()), predicted
     )
@@ -166,7 +167,7 @@ def planned(
     return ExchangePlan(
         choice.strategy,
         experts,
-        experts if choice.strategy == "gather_weights" else -(-experts // place[1]),
+        experts if choice.strategy == "gather_weights" else most_experts(experts, place[1]),
         *place,
         choice.expert_slices,
         choice.token_slices,

@@ -111,6 +111,22 @@ class Emitter:
             self._owned[table] = self._own(table)
         return self._owned[table]
 
+    def members(self, table: Node, experts: range) -> list[Node]:
+        """Of those that ``table`` stacks, these; zeros for numbers behind the last."""
+        stacked, found = self.lineage.stacks[table], []
+        for expert in experts:
+            if expert < len(stacked):
+                found.append(self.member(stacked[expert], expert))
+            else:
+                found.append(self._zeros(stacked[0]))
+        return found
+
+    def _zeros(self, like: Node) -> Node:
+        """Reads nothing of ``like``, which another rank may have to gather."""
+        val = value(like)
+        sizes = list(val.shape)
+        return self.call(aten.new_zeros.default, self.parts.tokens, sizes, dtype=val.dtype)
+
     def member(self, node: Node, expert: int) -> Node:
         """``node``, which is of one local expert only, made of what this rank has."""
         if node not in self.lineage.members or self.plan.strategy == "gather_weights":
@@ -140,17 +156,12 @@ class Emitter:
             return table
         if table in lineage.gathers:
             return lineage.gathers[table].shard
-        first, kept = plan.first_expert, plan.local_experts
+        kept, here = plan.local_experts, plan.experts
         if table in lineage.stacks:
-            members = lineage.stacks[table][first : first + kept]
-            own = [self.member(node, first + at) for at, node in enumerate(members)]
+            own = self.members(table, range(plan.first_expert, plan.first_expert + kept))
             if own == list(lineage.stacks[table]):
                 return table
-            if own:
-                made = self.call(table.target, own)  # type: ignore[arg-type]
-            else:
-                made = self.call(aten.slice.Tensor, table, 0, 0, 0)
-            return self._filled(made, table)
+            return self.call(table.target, own)  # type: ignore[arg-type]
         if table in lineage.steps:
             own_of = {source: self.owned(source) for source in lineage.steps[table]}
             if all(source is own for source, own in own_of.items()) and not plan.exchanges:
@@ -163,19 +174,10 @@ class Emitter:
         if not plan.exchanges:
             return table
         block = shape(table)[0] // plan.num_experts
-        begin, end = (min(at, plan.num_experts) * block for at in (first, first + kept))
-        return self._filled(self.call(aten.slice.Tensor, table, 0, begin, end), table)
-
-    def _filled(self, rows: Node, table: Node) -> Node:
-        """This rank's ``rows`` of ``table`` and, behind them, zeros for the experts that it has
-        less than others."""
-        plan = self.plan
-        here = min(plan.num_experts - plan.first_expert, plan.local_experts)
-        missing = plan.local_experts - max(0, here)
-        if not missing:
+        rows = self.call(aten.slice.Tensor, table, 0, here.start * block, here.stop * block)
+        if len(here) == kept:
             return rows
-        sizes = shape(table)
-        padding = [0] * (2 * len(sizes) - 1) + [missing * (sizes[0] // plan.num_experts)]
+        padding = [0] * (2 * len(shape(table)) - 1) + [(kept - len(here)) * block]
         return self.call(aten.constant_pad_nd.default, rows, padding)
 
     def _member(self, node: Node, expert: int) -> Node:
@@ -278,11 +280,9 @@ class _Experts:
         return table.target is aten.stack.default and table in self.emitter.lineage.stacks
 
     def _stacked(self, table: Node) -> list[Node]:
-        matrices = self.emitter.lineage.stacks[table]
         count = self.plan.experts_per_slice
         first = self.plan.first_expert + self.at * count
-        local = range(first, first + count)
-        return [self.emitter.member(matrices[expert], expert) for expert in local]
+        return self.emitter.members(table, range(first, first + count))
 
     def _rows(self, node: Any) -> Any:
         """The value on this side of a node the captured body reads."""
