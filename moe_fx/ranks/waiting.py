@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -32,12 +32,16 @@ from moe_fx.ranks import presence
 from moe_fx.ranks.device_watch import launch_unless_ended, watch
 from moe_fx.ranks.presence import Stand, named, patience
 
-__all__ = ["TIMEOUT", "WAITING", "Exchange", "failure", "of", "start", "start_and_wait"]
+__all__ = [
+    *("BROKEN", "TIMEOUT", "WAITING", "Exchange"),
+    *("came_late", "failure", "of", "start", "start_and_wait"),
+]
 
 TIMEOUT = 300.0
 """Seconds, unless told otherwise."""
 WAITING = f'*, str layer="", float exchange_timeout={TIMEOUT}'
 """How ops that exchange are told for whom, and how long they may wait."""
+BROKEN = "The group cannot be used any more."
 _UNNAMED = "an MoE layer"
 _TORCH = os.path.dirname(torch.__file__)
 _OWN = os.path.dirname(__file__)
@@ -163,7 +167,16 @@ def failure(
         f"{text}. Every rank must run every step: let transformers' generate() do so by "
         "synced_gpus=True on every rank, give every rank the same number of batches, and look for "
         "an error on a rank that is missing. For ranks that are only slow, raise exchange_timeout "
-        f"(it is {timeout:g} s here). The group cannot be used any more."
+        f"(it is {timeout:g} s here). {BROKEN}"
+    )
+
+
+def came_late(group: dist.ProcessGroup, where: Any, gone: Sequence[int], end: str) -> RankMissing:
+    """Of a rank that comes to ``where`` when others have stopped waiting."""
+    return RankMissing(
+        f"Rank {group.rank()} came to {where} of the expert-parallel group after "
+        f"{named(group, gone)} had stopped waiting (exchange_timeout): this rank or another was "
+        f"late, or did not come. {end}"
     )
 
 

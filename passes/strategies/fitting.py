@@ -30,6 +30,11 @@ def fitting_strategies(region: Region, context: Context, world_size: int) -> lis
     for as few tokens as its buffers hold, and taken for those.
     """
     options = context.options
+    if region.num_experts % world_size and context.device.lowers:
+        raise Misfit(
+            f"{region.num_experts} experts do not divide by {world_size} ranks, which has not been "
+            "tried on this device"
+        )
     if options.strategy != "auto":
         reason = misfit(region, options.strategy, context, world_size)
         if reason:

@@ -258,7 +258,7 @@ class _Recorder:
         kept = {each.slot for each in results if isinstance(each, _View)}
         steps = _freed(self.steps, range(len(self.inputs), len(self.slots)), kept)
         calls = any(isinstance(step, _Call) for step in steps)
-        run = _written(self.inputs, steps, results, device)
+        run = _written(len(self.inputs), steps, results, device)
         return Kind(tuple(steps), run, device, autocast_off if calls else None)
 
     def _new_slot(self, tensor: Tensor) -> int:
@@ -325,7 +325,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _written(
-    inputs: Sequence[Tensor | None],
+    inputs: int,
     steps: Sequence[_Step],
     results: Sequence[_View | _NoResult],
     device: torch.device,

@@ -5,7 +5,8 @@ So the steps are written out once: a line a launch, with the addresses and numbe
 
     def again(inputs, empty, stream):
         t0, t1 = inputs
-        p0, p1 = t0.data_ptr(), t1.data_ptr()
+        p0 = t0.data_ptr()
+        p1 = t1.data_ptr()
         t2 = empty(c0, c1, c2)
         p2 = t2.data_ptr()
         c3(4, 1, 1, stream, c4, c5, None, None, None, p0, p1 + 256, p2, 16)
@@ -28,10 +29,10 @@ Function = Callable[[Sequence[Tensor | None], Callable[..., Tensor], int], tuple
 class Code:
     """Lines of the function. Slots are tensors ``t<slot>`` and their addresses ``p<slot>``."""
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
-        given = [slot for slot, each in enumerate(inputs) if each is not None]
-        self.lines = [f"({''.join(f't{slot}, ' for slot in range(len(inputs)))}) = inputs"]
-        self.lines += [f"p{slot} = t{slot}.data_ptr()" for slot in given]
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.read: set[int] = set()  # inputs of which the address is
+        self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
 
     def constant(self, value: Any) -> str:
@@ -43,6 +44,8 @@ class Code:
         return name
 
     def address(self, slot: int, offset: int) -> str:
+        if slot < self.inputs:
+            self.read.add(slot)
         return f"p{slot} + {offset}" if offset else f"p{slot}"
 
     def line(self, text: str) -> None:
@@ -53,7 +56,14 @@ class Code:
         self.line(f"p{slot} = t{slot}.data_ptr()")
 
     def function(self, results: Sequence[str]) -> Function:
-        body = [*self.lines, f"return ({''.join(f'{each}, ' for each in results)})"]
+        given = f"({''.join(f't{slot}, ' for slot in range(self.inputs))}) = inputs"
+        addresses = [f"p{slot} = t{slot}.data_ptr()" for slot in sorted(self.read)]
+        body = [
+            given,
+            *addresses,
+            *self.lines,
+            f"return ({''.join(f'{each}, ' for each in results)})",
+        ]
         source = "def again(inputs, empty, stream):\n" + "".join(f"    {line}\n" for line in body)
         namespace = dict(self.constants)
         exec(compile(source, "<moe_fx: a recorded call>", "exec"), namespace)

@@ -23,15 +23,8 @@ from triton.language.extra.cuda import globaltimer
 from moe_fx.devices.cuda.launch import empty, launch
 
 __all__ = [
-    "GAVE_UP",
-    "OTHER_STEP",
-    "fetch",
-    "final",
-    "meet",
-    "pick",
-    "push",
-    "put_back",
-    "put_sums",
+    *("GAVE_UP", "OTHER_STEP", "fetch", "final", "meet"),
+    *("pick", "push", "put_back", "put_sums"),
 ]
 
 OTHER_STEP = 2

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from moe_fx.compat import group_store
 from moe_fx.errors import RankMissing, RanksDiffer
 from moe_fx.ranks.agree import wait_for
-from moe_fx.ranks.presence import named, next_exchange, store_key
-from moe_fx.ranks.waiting import Exchange
+from moe_fx.ranks.presence import next_exchange, store_key
+from moe_fx.ranks.waiting import BROKEN, Exchange, came_late
 
 __all__ = ["Board", "board_of"]
 
@@ -71,12 +71,7 @@ class Board:
             Exchange(posted, self.group, _HOST, stand, timeout).wait()
         gone = [rank for rank, word in enumerate(words) if word == _GAVE_UP]
         if gone:
-            raise RankMissing(
-                f"Rank {self.group.rank()} came to {stand} of the expert-parallel group after "
-                f"{named(self.group, gone)} had stopped waiting (exchange_timeout, {timeout:g} s "
-                "here): this rank or another was late, or did not come. The group cannot be used "
-                "any more."
-            )
+            raise came_late(self.group, stand, gone, BROKEN)
         return [int(word) & 0xFFFFFFFF for word in words]
 
 

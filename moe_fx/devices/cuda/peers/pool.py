@@ -34,7 +34,7 @@ from moe_fx.devices.cuda.peers.board import Board, board_of
 from moe_fx.errors import MoeFxError, RankMissing, RanksDiffer
 from moe_fx.ranks.device_watch import raise_in, take_back
 from moe_fx.ranks.presence import named
-from moe_fx.ranks.waiting import of
+from moe_fx.ranks.waiting import came_late, of
 
 __all__ = ["Layout", "Pool", "Step", "pool_of"]
 
@@ -219,11 +219,7 @@ class Pool:
                 f"the same one. {end}"
             )
         elif what == GAVE_UP:
-            self.error = RankMissing(
-                f"Rank {self.rank} came to {name} after {named(group, others)} of the "
-                "expert-parallel group had stopped waiting (exchange_timeout): this rank or "
-                f"another was late, or did not come. {end}"
-            )
+            self.error = came_late(group, name, others, end)
         else:
             self.error = RankMissing(
                 f"Rank {self.rank} waited on its GPU in {name} for {named(group, others)} of the "
