@@ -16,6 +16,7 @@ anywhere. A model without shards is trained as by transformers' Trainer.
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,23 +57,30 @@ else:
 
 
 class ExpertParallel(_Base):
-    """For trainers made of transformers' own: ``class MyTrainer(ExpertParallel, SFTTrainer)``.
+    """For trainers that derive from transformers': ``class Mine(ExpertParallel, YourTrainer)``.
 
-    Raises `ConfigurationError` for a model sharded by FSDP or DeepSpeed as well, and for a
-    checkpoint whose optimizer state is not one of shards.
+    Raises `ConfigurationError` for a model sharded by FSDP or DeepSpeed as well, for fp16, and for
+    a checkpoint whose optimizer state is not one of shards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self._shards:
-            return
+        if self._shards:
+            self._refuse_others()
+            saves_shards(self._plain)
+
+    def _refuse_others(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigurationError(
                 "ExpertParallelTrainer trains a model whose experts are sharded in DDP. Switch "
                 "FSDP and DeepSpeed off in TrainingArguments (fsdp, deepspeed), or use "
                 "fully_shard in a loop of your own (docs/sharding.md)."
             )
-        saves_shards(self._plain)
+        if self.args.fp16:
+            raise ConfigurationError(
+                "ExpertParallelTrainer does not scale gradients: ranks would find infinities in "
+                "their own experts only, and skip different steps. Give bf16=True, not fp16=True."
+            )
 
     @property
     def _plain(self) -> nn.Module:
@@ -84,6 +92,11 @@ class ExpertParallel(_Base):
     def _shards(self) -> list[Slot]:
         return [slot for slot in slots(self._plain) if slot.unshard is not None]
 
+    @functools.cached_property
+    def _trains_shards(self) -> bool:
+        """Asked in every step."""
+        return bool(self._shards)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Shards in groups of their own: one call for many parameters (``foreach``, ``fused``)
         takes tensors of one kind."""
@@ -94,12 +107,12 @@ class ExpertParallel(_Base):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if not self._shards:
+        if not self._trains_shards:
             return super()._clip_grad_norm(model)
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._shards:
+        if grad_norm is None and self._trains_shards:
             grad_norm = clip_grad_norm_(model.parameters(), float("inf"))
         return super()._get_grad_norm(model, grad_norm)
 

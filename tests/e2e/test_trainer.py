@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
 from tests.passes.graphs import relative_error
 
@@ -73,6 +73,11 @@ def same_weights(one: Path, other: Path, tolerance: float = EXACT) -> None:
         assert relative_error(tensor, mine[name]) <= tolerance, name
 
 
+def experts_of(checkpoint: Path) -> torch.Tensor:
+    model: Any = Qwen3MoeForCausalLM.from_pretrained(checkpoint)
+    return model.model.layers[1].mlp.experts.gate_up_proj.detach()
+
+
 @pytest.mark.timeout(600)
 def test_losses_norms_and_evaluation_are_those_of_one_process(whole: Run, sharded: Run) -> None:
     """With accumulation, checkpointing of activations, clipping and a schedule."""
@@ -81,10 +86,13 @@ def test_losses_norms_and_evaluation_are_those_of_one_process(whole: Run, sharde
 
 @pytest.mark.timeout(600)
 def test_checkpoints_and_the_best_model_are_those_of_one_process(whole: Run, sharded: Run) -> None:
-    """(What transformers' Trainer has loaded as the best model is not compared: of 5.24 and this
+    """They are of a model that has been trained, in its experts too.
+    (What transformers' Trainer has loaded as the best model is not compared: of 5.24 and this
     model its experts are still the last ones, whose names in a checkpoint are others.)"""
     for folder in ("checkpoint-4", "checkpoint-8"):
         same_weights(sharded[0] / folder, whole[0] / folder)
+    early, late = (experts_of(sharded[0] / f"checkpoint-{step}") for step in (4, 8))
+    assert relative_error(early, late) > 1e-3
     same_weights(sharded[0] / "last", whole[0] / f"checkpoint-{whole[1]['best']}")
 
 
@@ -130,3 +138,30 @@ def test_the_optimizer_state_of_a_whole_model_is_refused(whole: Run, tmp_path: P
     status, said = run(2, tmp_path, "--sharded", "--resume", str(whole[0] / "checkpoint-4"))
     assert status != 0
     assert "is the optimizer state of a model that is not sharded" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--wrong", "fsdp"], "Switch FSDP and DeepSpeed off"),
+        (["--wrong", "fp16"], "Give bf16=True"),
+        (["--plain"], "Use moe_fx.integrations.trainer.ExpertParallelTrainer"),
+    ],
+)
+def test_what_would_train_otherwise_is_refused(
+    options: list[str], reason: str, tmp_path: Path
+) -> None:
+    status, said = run(2, tmp_path, "--sharded", *options)
+    assert status != 0
+    assert reason in " ".join(said.split())
+
+
+def test_training_arguments_know_no_backend_of_others(tmp_path: Path) -> None:
+    """So docs/training.md says to compile the model first. May this fail one day."""
+    arguments = TrainingArguments(
+        str(tmp_path), torch_compile_backend="moe_fx", use_cpu=True, report_to=[]
+    )
+    with pytest.raises(ValueError, match="MOE_FX"):
+        Trainer(torch.nn.Linear(2, 2), arguments)

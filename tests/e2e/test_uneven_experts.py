@@ -67,6 +67,7 @@ def trained(
             grads["tokens"] = x.grad
         found.append((out.detach(), grads))
     (right, wanted), (made, given) = found
+    assert all(float(value.abs().max()) > 0 for value in (right, *wanted.values()))
     errors = {name: relative_error(wanted[name], given[name]) for name in wanted}
     plans = [(plan.strategy, plan.num_experts) for each in reports for plan in each.plans]
     return relative_error(right, made), errors, plans

@@ -75,26 +75,46 @@ def arguments(out: str, bf16: bool, world: int, evaluates: bool) -> TrainingArgu
     )
 
 
+def sharding_trainer(on_fsdp: bool) -> Any:
+    """on_fsdp: one of a user's, on which FSDP is on. (On CPUs transformers leaves it off.)"""
+    from moe_fx.integrations.trainer import ExpertParallel, ExpertParallelTrainer
+
+    if not on_fsdp:
+        return ExpertParallelTrainer
+
+    class OnFsdp(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    class Mine(ExpertParallel, OnFsdp):
+        pass
+
+    return Mine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sharded", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="transformers' Trainer all the same")
+    parser.add_argument("--wrong", choices=["fsdp", "fp16"], help="what is refused")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--resume", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments(str(given.out), given.bf16, world, evaluates=not given.bf16)
+    if given.wrong == "fp16":
+        args = TrainingArguments(str(given.out), use_cpu=True, report_to=[], fp16=True)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     model: Any = model_of()
     kind: Any = Trainer
     if given.sharded:
-        from moe_fx.integrations.trainer import ExpertParallelTrainer
-
-        kind = ExpertParallelTrainer
+        kind = Trainer if given.plain else sharding_trainer(given.wrong == "fsdp")
         moe_fx.shard_experts(model)
     if given.lora:
         from peft import LoraConfig, get_peft_model
