@@ -13,6 +13,7 @@ MOST_MODULES = 14
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
+        "moe_fx.blocks",
         "moe_fx.compat",
         "moe_fx.device",
         "moe_fx.errors",
